@@ -1,0 +1,4 @@
+from .losses import *
+from .layers import *
+from .teacher import *
+from .callback import *
