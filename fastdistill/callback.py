@@ -3,10 +3,11 @@
 # %% auto #0
 __all__ = ['Match', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/03_callback.ipynb #5c888935
+# %% ../nbs/03_callback.ipynb #478880f9
 import math
 from contextlib import contextmanager
 from functools import partial
+from numbers import Real
 from types import SimpleNamespace
 import torch
 from fastai.callback.core import Callback
@@ -21,7 +22,7 @@ from .layers import FeatureHooks, get_layer, unwrap_model
 from .losses import SoftTarget, full_precision
 from .teacher import Teacher, get_logits
 
-# %% ../nbs/03_callback.ipynb #e8439eb7
+# %% ../nbs/03_callback.ipynb #4e87453b
 def _check_weight(
     name, # What the weight is called in the message
     weight, # A number, or a schedule: a function of training progress, 0 to 1
@@ -30,7 +31,7 @@ def _check_weight(
 ):
     "Return `weight`; raise unless it is a finite number from 0 to `most`, all along if it is a schedule"
     for w in ([weight(i/10) for i in range(11)] if callable(weight) else [weight]):
-        if isinstance(w, str) or not (0 <= w <= most and math.isfinite(w)):
+        if not (isinstance(w, Real) and math.isfinite(w) and 0 <= w <= most):
             raise ValueError(f'Expected {name} to be a finite number of at least 0'
                              f'{f" and at most {most}" if most < math.inf else ""}, or a schedule of such numbers, but got {w!r}{cure}')
     return weight
@@ -85,7 +86,7 @@ class Match:
         except Exception as e:
             raise modify_exception(e, f'{self} cannot compare {of}, student {tuple(s.shape)} and teacher {tuple(t.shape)}: {e}', replace=True)
 
-# %% ../nbs/03_callback.ipynb #9be9816a
+# %% ../nbs/03_callback.ipynb #ae8fe8d8
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
@@ -176,8 +177,7 @@ class KnowledgeDistillationCallback(Callback):
 
     def kd_loss(self) -> Tensor: # Scalar
         "The distillation loss of this batch: the sum of the terms"
-        pred = get_logits(self.pred)
-        return sum(m(s.features or [pred], t.features or [self._answer], *self.yb)
+        return sum(m(s.features or [get_logits(self.pred)], t.features or [self._answer], *self.yb)
                    for m,s,t in zip(self.matches, self._hooks[::2], self._hooks[1::2]))
 
     def after_batch(self):

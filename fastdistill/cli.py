@@ -119,7 +119,7 @@ def report(
           f'{torch.get_num_threads()} threads. Written to {out}/: results.csv, runs.csv, results.png and the students.')
     return table
 
-# %% ../nbs/06_cli.ipynb #db5f058f
+# %% ../nbs/06_cli.ipynb #c90edcfc
 class DigitImage(Transform):
     "A row of 64 pixels and a label -> image of shape (1, 8, 8), from 0 to 1"
     def encodes(self, row:np.ndarray): return tensor(row[:64]).view(1,8,8)/16
@@ -136,7 +136,7 @@ def digits_dls(
     "Scikit-learn's handwritten digits"
     from sklearn.datasets import load_digits
     pixels,labels = load_digits(return_X_y=True)
-    rows = np.random.RandomState(split).permutation(np.c_[pixels,labels].astype(np.float32))
+    rows = np.random.default_rng(split).permutation(np.c_[pixels,labels].astype(np.float32))
     tfms = [[DigitImage()],[DigitLabel(),Categorize(vocab=list('0123456789'))]]
     dsets = Datasets(rows, tfms, splits=[range(n),range(1000,len(rows))])
     return dsets.dataloaders(bs=bs, val_bs=800, num_workers=0)
@@ -198,7 +198,7 @@ def image_dls(
     return ImageDataLoaders.from_folder(path, valid_pct=None if split else valid_pct, seed=0, bs=bs, item_tfms=Resize(size),
                                         batch_tfms=Normalize.from_stats(*imagenet_stats))
 
-# %% ../nbs/06_cli.ipynb #8789a191
+# %% ../nbs/06_cli.ipynb #a3929cfb
 def _check_name(kind, name, known):
     if name not in known:
         raise ValueError(f'Unknown {kind} {name!r}. Nearest: {", ".join(get_close_matches(name, known) or sorted(known)[:10])}.')
@@ -256,8 +256,8 @@ def _load_weights(file, name, *candidates):
         except RuntimeError as e: why.append(str(e).splitlines())
         except Exception as e: raise ValueError(f'{file}: no file of weights, expected one of torch.save(model.state_dict(), ...) '
                                                 f'or learn.save(...): {str(e).splitlines()[0]}') from None
-    short = min(why, key=len)
-    raise ValueError(f'{file}: weights do not fit {name} with the classes of this folder: {" ".join(l.strip() for l in short[1:3])[:300]}')
+    nearest = min(why, key=lambda lines: len(''.join(lines)))
+    raise ValueError(f'{file}: weights do not fit {name} with the classes of this folder: {" ".join(l.strip() for l in nearest[1:3])[:300]}')
 
 # %% ../nbs/06_cli.ipynb #ccaf2909
 def distill_images(
@@ -291,7 +291,7 @@ def distill_images(
     if not teacher_weights: train_teacher(learn, epochs, lr)
     return *train_students(new_student, with_teacher(learn, {'scratch':{}, loss:kw}), epochs, lr, seeds), learn
 
-# %% ../nbs/06_cli.ipynb #a9bea14d
+# %% ../nbs/06_cli.ipynb #24083433
 _help = 'Folder of images by class, or with folders train and valid of such; without it, the digits that ship with scikit-learn'
 _path = Param(_help, str, nargs='?', opt=False) if Param else Annotated[str, _help, dict(nargs='?', opt=False)]
 
@@ -316,7 +316,7 @@ def fastdistill(
     out:str='fastdistill-demo', # Folder for results.csv, runs.csv, results.png and the exported students
 ) -> pd.DataFrame: # The printed table
     "Train a teacher and compare a student trained alone with the same student distilled: on the digits of scikit-learn, or on a folder of images"
-    args = {k:v for k,v in locals().items() if k not in ('path','out') and v not in (None,False)}
+    args = {k:v for k,v in locals().items() if k not in ('path','out') and v is not None and v is not False}
     for k in ('epochs','seeds','size','bs'):
         if args.get(k, 1) < 1: raise ValueError(f'Expected {k} to be at least 1, but got {args[k]}')
     if path is None and (extra := set(args) - {'epochs','seeds'}):

@@ -28,7 +28,7 @@ def get_model_layers(
     layers = {n:m for n,m in unwrap_model(model).named_modules(remove_duplicate=False) if n}
     return {n:repr(m) for n,m in layers.items()} if get_layer_repr else list(layers)
 
-# %% ../nbs/01_layers.ipynb #d8c4bab1
+# %% ../nbs/01_layers.ipynb #0f53ef73
 def _describe(model, role): return f'{role} {type(unwrap_model(model)).__name__}'.strip()
 
 def get_layer(
@@ -41,32 +41,34 @@ def get_layer(
     layers = dict(model.named_modules(remove_duplicate=False))
     if name and name in layers: return layers[name]
     names = [n for n in layers if n]
-    near = get_close_matches(str(name), names) or names[:20]
+    near = get_close_matches(str(name), names, n=5) or names[:20]
     raise KeyError(f'{_describe(model, role)} has no layer {name!r}. Nearest names: {", ".join(near)}. '
                    f'`get_model_layers` lists all {len(names)}.')
 
-# %% ../nbs/01_layers.ipynb #920dcf90
+# %% ../nbs/01_layers.ipynb #8fcd930c
 class _FeatureHook(Hook):
     "Keep the tensor that layer `m` returned, a copy where a later in-place operation writes over it"
     def __init__(self, m, name):
-        self.name,self.output,self.copies = name,None,True
+        self.name,self.copies = name,True
         super().__init__(m, self._keep, detach=False)
+        self.clear()
 
     def _keep(self, m, inp, out):
         while isinstance(out, (tuple,list)) and len(out): out = out[0]
-        if not isinstance(out, Tensor): return out
+        self.found = type(out).__name__
+        if not isinstance(out, Tensor): return
         self.output,self.version = out,out._version
         return out.clone() if self.copies else out
 
     def feature(self):
         "What the layer returned at the last forward pass"
         if self.output is None:
-            why = 'did not run' if self.stored is None else f'returned {type(self.stored).__name__}, no tensor,'
+            why = f'returned {self.found}, no tensor,' if self.found else 'did not run'
             raise ValueError(f'Layer {self.name!r} {why} in the forward pass')
         self.copies = self.output._version != self.version
         return self.stored
 
-    def clear(self): self.stored = self.output = None
+    def clear(self): self.stored = self.output = self.found = None
 
 # %% ../nbs/01_layers.ipynb #0ffec722
 class FeatureHooks(Hooks):

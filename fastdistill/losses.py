@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-# %% ../nbs/00_losses.ipynb #13dcd97c
+# %% ../nbs/00_losses.ipynb #5d35b1bc
 def full_precision(
     loss, # Any loss: `loss(student, teacher, *targ)`
 ):
@@ -17,7 +17,7 @@ def full_precision(
     def _cast(x): return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
     @wraps(loss)
     def _inner(*args):
-        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        device = next((a.device.type for a in args if isinstance(a, Tensor)), 'cpu')
         with torch.autocast(device, enabled=False): return loss(*map(_cast, args))
     return _inner
 

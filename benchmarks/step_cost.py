@@ -1,0 +1,127 @@
+"""What a training batch costs with a teacher beside it, as a ratio to the floor: student step alone + teacher forward alone.
+
+    python benchmarks/step_cost.py                                     # ResNet34 -> ResNet18, 64 px, batch 64, on the CPU
+    python benchmarks/step_cost.py --peers                             # with fasterai's callback beside (pip install fasterai)
+    python benchmarks/step_cost.py --device cuda --precision bf16 --teacher resnet50 --size 224
+
+Each round times one batch of every row, in rotating order, inside fastai's own training loop; a ratio is taken within its round.
+Peak memory of a row is what it adds to the resident memory of a fresh process (on Linux; on a GPU: the peak of allocated memory).
+"""
+import argparse, re, subprocess, sys, time
+from functools import partial
+from pathlib import Path
+import pandas as pd
+import torch
+from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
+from fastai.callback.all import *
+from torchvision import models
+from fastdistill.all import Attention, KnowledgeDistillationCallback, SoftTarget
+
+layers = [f'layer{i}' for i in range(1,5)]
+
+def parse():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--teacher', default='resnet34', help='torchvision model with layer1 to layer4')
+    p.add_argument('--student', default='resnet18', help='likewise')
+    p.add_argument('--batch', type=int, default=64)
+    p.add_argument('--size', type=int, default=64, help='pixels')
+    p.add_argument('--device', default='cpu')
+    p.add_argument('--precision', default='fp32', choices=['fp32','fp16','bf16'], help='fp16 and bf16: mixed, on a GPU')
+    p.add_argument('--rounds', type=int, default=20)
+    p.add_argument('--peers', action='store_true', help='time fasterai too')
+    p.add_argument('--memory_of', help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.precision != 'fp32' and args.device == 'cpu': p.error("fastai's mixed precision needs a GPU")
+    return args
+
+def make_teacher(args): return getattr(models, args.teacher)(num_classes=10).to(args.device)
+
+def callbacks(args):
+    "Row -> function that makes the callback of its fit"
+    rows = {'student alone': lambda: None,
+            'SoftTarget': lambda: KnowledgeDistillationCallback(make_teacher(args), SoftTarget),
+            'Attention, 4 layers': lambda: KnowledgeDistillationCallback(make_teacher(args), Attention, layers, layers, weight=0.9)}
+    if args.peers:
+        import fasterai.distill.all as fa
+        rows['fasterai SoftTarget'] = lambda: fa.KnowledgeDistillationCallback(make_teacher(args), fa.SoftTarget)
+        rows['fasterai Attention, 4 layers'] = lambda: fa.KnowledgeDistillationCallback(make_teacher(args), fa.Attention, layers, layers, weight=0.9)
+    return rows
+
+def make_batch(args):
+    gen = torch.Generator().manual_seed(0)
+    x,y = torch.randn(args.batch, 3, args.size, args.size, generator=gen),torch.randint(10, (args.batch,), generator=gen)
+    return x.to(args.device),y.to(args.device)
+
+def training_step(args, cb, batch):
+    "Function that trains one batch in a learner stopped in the middle of its first epoch"
+    torch.manual_seed(0)
+    dls = DataLoaders([batch], [batch], device=torch.device(args.device))
+    learn = Learner(dls, getattr(models, args.student)(num_classes=10).to(args.device), loss_func=CrossEntropyLossFlat(), cbs=cb)
+    if args.precision != 'fp32': getattr(learn, f'to_{args.precision}')()
+    learn.remove_cb(ProgressCallback)
+    learn.logger = lambda *_: None
+    learn.create_opt()
+    learn.n_epoch,learn.dl,learn.n_iter,learn.epoch = 1,[batch],10**6,0
+    learn(['before_fit','before_epoch','before_train'])
+    return partial(learn.one_batch, 0, batch)
+
+def forward_step(args, batch):
+    "Function that lets the teacher answer one batch"
+    model,dtype = make_teacher(args).eval(),dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)[args.precision]
+    @torch.no_grad()
+    def step():
+        with torch.autocast(args.device, dtype=dtype, enabled=args.precision != 'fp32'): model(batch[0])
+    return step
+
+def steps(args, batch, only=None):
+    "Row -> function that does one step of it"
+    new = {name:lambda cb=cb: training_step(args, cb(), batch) for name,cb in callbacks(args).items()}
+    new['teacher forward alone'] = lambda: forward_step(args, batch)
+    return {name:f() for name,f in new.items() if only in (None,name)}
+
+def sync(args):
+    if args.device != 'cpu': torch.cuda.synchronize()
+
+def time_rounds(args):
+    "Seconds of each row in each round"
+    fs = steps(args, make_batch(args))
+    names,rounds = list(fs),[]
+    for r in range(args.rounds+3):
+        times = {}
+        for name in names[r%len(names):] + names[:r%len(names)]:
+            sync(args); start = time.perf_counter()
+            fs[name]()
+            sync(args); times[name] = time.perf_counter()-start
+        rounds.append(times)
+    return pd.DataFrame(rounds[3:], columns=names)     # the first three warm up
+
+def peak_memory(args):
+    "Megabytes that row `args.memory_of` adds at its peak, in this process"
+    batch = make_batch(args)
+    if args.device == 'cpu':
+        def peak(): return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])/1024
+        torch.nn.Conv2d(3, 3, 3)(batch[0][:1]).sum().backward()     # the libraries themselves
+    else:
+        def peak(): return torch.cuda.max_memory_allocated()/2**20
+    before = peak()
+    for f in steps(args, batch, only=args.memory_of).values():
+        for _ in range(4): f()
+    return peak() - before
+
+def main():
+    args = parse()
+    if args.memory_of: return print(f'MB {peak_memory(args)}')
+    times = time_rounds(args)
+    floor = times['student alone'] + times['teacher forward alone']
+    ratio = times.div(floor, axis=0)
+    table = pd.DataFrame({'ms': 1e3*times.median(), 'ratio to floor': ratio.median(), 'min': ratio.min(), 'max': ratio.max()})
+    for name in times:
+        out = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--memory_of', name], capture_output=True, text=True, check=True)
+        table.loc[name,'peak MB'] = float(out.stdout.split('MB ')[-1])
+    table['ratio to peak of alone + alone'] = table['peak MB'] / table['peak MB'][['student alone','teacher forward alone']].sum()
+    where = torch.cuda.get_device_name() if args.device != 'cpu' else f'CPU, {torch.get_num_threads()} threads'
+    print(f'{args.teacher} -> {args.student}, {args.size} px, batch {args.batch}, {args.precision}, {where}, torch {torch.__version__}; '
+          f'medians of {args.rounds} rounds, min and max of the ratio over rounds')
+    print(table.to_string(float_format='{:.3f}'.format))
+
+if __name__ == '__main__': main()

@@ -1,0 +1,141 @@
+"The command as a user calls it: on the digits, on a folder of images, and on what it cannot use."
+import inspect, re, subprocess, sys
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from fastai.basics import load_learner, set_seed
+from PIL import Image
+from torchvision import models
+from fastdistill import cli
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    "Function that runs the command in this process and returns what it prints"
+    def _run(*args):
+        monkeypatch.setattr(sys, 'argv', ['fastdistill', *map(str, args)])
+        cli.main()
+        return capsys.readouterr().out
+    return _run
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    "Ten red and ten blue pictures of 40 pixels, in train and valid"
+    path,rng = tmp_path_factory.mktemp('images'),np.random.RandomState(0)
+    for split in ('train','valid'):
+        for c,name in enumerate(('red','blue')):
+            (path/split/name).mkdir(parents=True)
+            for i in range(10):
+                a = rng.randint(0, 100, (40,40,3)); a[...,2*c] += 100
+                Image.fromarray(a.astype(np.uint8)).save(path/split/name/f'{i}.png')
+    return path
+
+tiny = ['--epochs','1','--seeds','1','--size','32','--bs','8']
+
+def test_digits(run, tmp_path):
+    out = run('--epochs', 2, '--seeds', 2, '--out', tmp_path/'new'/'folder')
+    files = {f.name for f in (tmp_path/'new'/'folder').iterdir()}
+    assert files == {'results.csv','runs.csv','results.png','student-scratch.pkl','student-SoftTarget.pkl','student-Attention.pkl'}
+    table,runs = (pd.read_csv(tmp_path/'new'/'folder'/f) for f in ('results.csv','runs.csv'))
+    assert list(table.model) == ['teacher','student, scratch','student, SoftTarget','student, Attention']
+    assert len(runs) == 3*2*2 and (table['latency'] > 0).all() and (table['size'] > 0).all()
+    last = runs[runs.epoch==2].groupby('method').accuracy
+    for name in table.model[1:]:
+        row = table.set_index('model').loc[name]
+        assert row.accuracy == pytest.approx(last.get_group(name).mean()) and row.spread == pytest.approx(last.get_group(name).std(ddof=0))
+    assert 'gain over scratch' in out and f'{table.accuracy[0]:.3f}' in out
+    learn = load_learner(tmp_path/'new'/'folder'/'student-SoftTarget.pkl')
+    with learn.no_bar(): assert learn.predict(np.zeros(65, dtype=np.float32))[0] in list('0123456789')
+
+def test_digits_data():
+    dls,other = cli.digits_dls(200),cli.digits_dls(200, split=1)
+    assert (len(dls.train_ds), len(dls.valid_ds), dls.c) == (200, 797, 10)
+    def rows(ds): return {bytes(r.tobytes()) for r in ds.items}
+    assert not rows(dls.train_ds) & rows(dls.valid_ds) - rows(cli.digits_dls(1000).train_ds)
+    assert rows(dls.valid_ds) != rows(other.valid_ds)
+    x,y = dls.valid.one_batch()
+    assert x.shape == (797,1,8,8) and x.min() == 0 and x.max() == 1 and sorted(y.unique().tolist()) == list(range(10))
+
+def test_images_teacher_trained_here(run, images, tmp_path):
+    out = run(images, '--from_scratch', '--teacher', 'resnet18', '--student', 'resnet18', '--out', tmp_path, *tiny)
+    assert list(pd.read_csv(tmp_path/'results.csv').model) == ['teacher','student, scratch','student, SoftTarget']
+    assert 'teacher: 1' in out
+
+@pytest.mark.parametrize('style', ['plain','learner'])
+def test_images_teacher_from_a_file(run, images, tmp_path, style):
+    file = tmp_path/'teacher.pth'
+    set_seed(1)
+    if style == 'plain':
+        model = models.resnet18(num_classes=2)
+        torch.save(model.state_dict(), file)
+    else:
+        from fastai.vision.all import vision_learner
+        learn = vision_learner(cli.image_dls(images, 32, 8), models.resnet18, pretrained=False)
+        model,_ = learn.model,learn.save(file.with_suffix('').absolute())
+    loaded = cli.image_teacher(cli.image_dls(images, 32, 8), 'resnet18', file).model
+    assert all(torch.equal(v, model.state_dict()[k]) for k,v in loaded.state_dict().items())
+    layers = 'layer1,layer2' if style == 'plain' else '0.4,0.5'
+    out = run(images, '--teacher=resnet18', '--teacher_weights', file, '--loss', 'Attention', '--student_layers', 'layer1,layer2',
+              '--teacher-layers', layers, '--weight', 10, '--task_weight=1', '--out', tmp_path, *tiny)
+    assert list(pd.read_csv(tmp_path/'results.csv').model) == ['teacher','student, scratch','student, Attention']
+    assert 'teacher:' not in out     # not trained again
+
+def test_random_split_is_the_same_every_time(images):
+    a,b = (cli.image_dls(images/'train', 32, 4, valid_pct=0.25) for _ in range(2))
+    assert list(a.valid_ds.items) == list(b.valid_ds.items) and len(a.valid_ds) == 5
+
+def test_help():
+    "The installed command, as a process of its own, explains each option"
+    res = subprocess.run([Path(sys.executable).parent/'fastdistill', '--help'], capture_output=True, text=True, check=True)
+    for name in inspect.signature(cli.fastdistill).parameters: assert re.search(rf'{name}.*  [A-Z]', res.stdout.replace('-', '_'))
+
+@pytest.fixture
+def no_images(tmp_path):
+    (tmp_path/'empty').mkdir()
+    (tmp_path/'one'/'cat').mkdir(parents=True)
+    Image.new('RGB', (8,8)).save(tmp_path/'one'/'cat'/'1.png')
+    torch.save(models.resnet18(num_classes=5).state_dict(), tmp_path/'five.pth')
+    torch.save(models.resnet18(num_classes=2), tmp_path/'pickle.pth')
+    (tmp_path/'text.pth').write_text('no weights')
+    return tmp_path
+
+@pytest.mark.parametrize('args,msg', [
+    (['nowhere'], 'nowhere: no such folder'),
+    (['{bad}/empty'], 'no images in it'),
+    (['{bad}/one'], "images of one class only, 'cat'"),
+    (['{ok}','--teacher','resnet43'], "Unknown torchvision model 'resnet43'. Nearest: resnet34"),
+    (['{ok}','--student','resnte18'], "Unknown torchvision model 'resnte18'. Nearest: resnet18"),
+    (['{ok}','--loss','SoftTargets'], "Unknown loss 'SoftTargets'. Nearest: SoftTarget"),
+    (['{ok}','--teacher','resnet18','--teacher_weights','{bad}/five.pth'], 'weights do not fit resnet18 .*size mismatch for fc.weight'),
+    (['{ok}','--teacher','resnet34','--teacher_weights','{bad}/five.pth'], 'weights do not fit resnet34'),
+    (['{ok}','--teacher','resnet18','--teacher_weights','{bad}/pickle.pth'], 'no file of weights'),
+    (['{ok}','--teacher','resnet18','--teacher_weights','{bad}/text.pth'], 'no file of weights'),
+    (['{ok}','--teacher','resnet18','--teacher_weights','{bad}/none.pth'], 'no such file of weights'),
+    (['{ok}','--from_scratch','--loss','Attention'], 'compares features'),
+    (['{ok}','--from_scratch','--loss','Attention','--student_layers','layer9','--teacher_layers','0.4'], "student ResNet has no layer 'layer9'.*layer1"),
+    (['{ok}','--from_scratch','--loss','Attention','--student_layers','layer1','--teacher_layers','0.44'], "teacher Sequential has no layer '0.44'.*0.4"),
+    (['{ok}','--from_scratch','--temperature','0'], 'T=0'),
+    (['{ok}','--from_scratch','--weight','2'], 'at most 1'),
+    (['--teacher','resnet18','--loss','Logits'], 'loss, teacher: only for a folder of images'),
+    (['--epochs','0'], 'epochs to be at least 1'),
+])
+def test_bad_input(args, msg, images, no_images, monkeypatch, capsys):
+    def trained(*_, **__): raise AssertionError('something was trained')
+    monkeypatch.setattr(cli.Learner, 'fit', trained)
+    monkeypatch.setattr(sys, 'argv', ['fastdistill', *(a.format(ok=images, bad=no_images) for a in args), '--out', str(no_images/'out')])
+    with pytest.raises(SystemExit, match=f'(?s)fastdistill: .*{msg}'): cli.main()
+
+def test_no_download(images, monkeypatch):
+    "Without network, the ImageNet weights are an error with a cure"
+    from urllib.error import URLError
+    def offline(*_, **__): raise URLError('no network')
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', offline)
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(images/'no_cache'))
+    with pytest.raises(ValueError, match='--teacher_weights.*--from_scratch'): cli.image_teacher(cli.image_dls(images, 32, 8), 'resnet18')
+
+def test_timm(run, images, tmp_path):
+    pytest.importorskip('timm', reason='timm is not installed')
+    run(images, '--from_scratch', '--teacher', 'timm:resnet18', '--student', 'timm:resnet10t', '--out', tmp_path, *tiny)
+    with pytest.raises(ValueError, match="Unknown timm model 'resnet18x'"): cli.plain_model('timm:resnet18x', 2)
+
+def test_timm_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    with pytest.raises(ValueError, match='pip install timm'): cli.plain_model('timm:resnet18', 2)

@@ -1,0 +1,46 @@
+"On a GPU: mixed precision, channels last, a teacher that comes from the CPU and goes back. Skipped where there is none."
+import pytest, torch
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, TfmdDL, set_seed
+from fastai.callback.all import *
+from fastai.callback.channelslast import *
+from conftest import QuietLearner, data, n_hooks, net, same_state, state
+from fastdistill.all import *
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+
+def learner(**kwargs):
+    dl,valid = ([b for b in dl.dataset] for dl in data())
+    device = torch.device('cuda')
+    dls = DataLoaders(TfmdDL(dl, bs=8, shuffle=True, num_workers=0, device=device), TfmdDL(valid, bs=16, num_workers=0, device=device), device=device)
+    return QuietLearner(dls, net(), loss_func=CrossEntropyLossFlat(), **kwargs)
+
+@pytest.mark.parametrize('to', [None,'to_fp16','to_bf16','to_channelslast'])
+def test_precision(to):
+    teacher = net(8)
+    before,answers,inside,where = state(teacher),[],[],[]
+    teacher.register_forward_hook(lambda m,i,o: (answers.append(o.dtype), where.append(o.device.type)))
+    def loss(s, t): inside.append((s.dtype,t.dtype,torch.is_autocast_enabled('cuda'))); return (s-t).square().mean()
+    kd = KnowledgeDistillationCallback(teacher, [loss, SoftTarget, Match(Attention, ['0','1'], ['0','1']), Match(loss, '4', '4')])
+    learn = learner(cbs=kd)
+    if to: getattr(learn, to)()
+    learn.fit(3)
+    want = dict(to_fp16=torch.float16, to_channelslast=torch.float16, to_bf16=torch.bfloat16).get(to, torch.float32)
+    assert set(answers) == {want} and set(where) == {'cuda'} and set(inside) == {(torch.float32,torch.float32,False)}
+    assert same_state(teacher, before) and next(teacher.parameters()).device.type == 'cpu' and teacher.training
+    assert n_hooks(learn.model) == 0 and n_hooks(teacher) == 1     # this test's own
+    assert all(torch.isfinite(torch.tensor(v)) for v in learn.recorder.values[-1])
+
+@pytest.mark.parametrize('to', ['to_fp16','to_bf16'])
+def test_mixed_precision_gradients_are_close_to_float32(to):
+    teacher,grads = net(8),{}
+    for prec in (None,to):
+        set_seed(0, reproducible=True)
+        learn = learner(cbs=KnowledgeDistillationCallback(teacher, [SoftTarget, Match(Attention, ['0','1'], ['0','1'])]))
+        if prec: getattr(learn, prec)()
+        seen = []
+        class Grads(Callback):
+            order = 100
+            def before_step(self): seen.append(torch.cat([p.grad.flatten() for p in self.model.parameters()]).clone())
+        learn.fit(1, cbs=Grads())
+        grads[prec] = seen[0]
+    assert torch.cosine_similarity(grads[None], grads[to], dim=0) > 0.98

@@ -1,0 +1,94 @@
+"What holds the repository together: metadata, README, pages and their links, imports."
+import json, re, runpy, subprocess, sys
+from configparser import ConfigParser
+from importlib.metadata import entry_points, version
+from pathlib import Path
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+pages = sorted((root/'nbs').glob('**/*.ipynb'))
+try: import tomllib
+except ImportError: tomllib = None     # Python 3.10
+nbdev3 = int(version('nbdev').split('.')[0]) >= 3
+
+@pytest.fixture(scope='module')
+def cfg():
+    parser = ConfigParser(delimiters=['='], interpolation=None)
+    parser.read(root/'settings.ini')
+    return parser['DEFAULT']
+
+@pytest.mark.skipif(tomllib is None, reason='tomllib needs Python 3.11')
+def test_pyproject_agrees_with_settings(cfg):
+    proj = tomllib.loads((root/'pyproject.toml').read_text())
+    assert proj['project']['name'] == cfg['lib_name'] and proj['project']['requires-python'] == f">={cfg['min_python']}"
+    assert proj['project']['urls'] == dict(Repository=cfg['git_url'], Documentation=cfg['doc_host']+cfg['doc_baseurl'])
+    assert proj['tool']['nbdev']['title'] == cfg['title']
+
+def test_installed_package(cfg):
+    import fastdistill
+    assert fastdistill.__version__ == version('fastdistill') == cfg['version']
+    assert [e.value for e in entry_points(group='nbdev') if e.name=='fastdistill'] == ['fastdistill._modidx:d']
+    assert [e.value for e in entry_points(group='console_scripts') if e.name=='fastdistill'] == ['fastdistill.cli:main']
+    changes = (root/'CHANGELOG.md').read_text()
+    assert f"## {cfg['version']}" in changes
+
+def test_readme_says_what_the_index_says():
+    pytest.importorskip('nbconvert', reason='nbconvert renders the README')
+    text,images = runpy.run_path(str(root/'.ci/readme.py'))['render']()
+    assert (root/'README.md').read_text() == text, 'python .ci/readme.py renders it again'
+    for name,image in images.items(): assert (root/name).read_bytes() == image
+    assert (root/'index.ipynb').resolve() == root/'nbs/index.ipynb'
+
+def test_no_vision_at_import():
+    code = "import sys, fastdistill.all, fastdistill.cli; sys.exit(any(m.startswith('fastai.vision') for m in sys.modules))"
+    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code]).returncode == 0
+
+def test_all_exports_what_the_modules_export():
+    import fastdistill.all as a
+    from fastdistill import callback, layers, losses, teacher
+    for m in (losses, layers, teacher, callback):
+        for n in m.__all__: assert getattr(a, n) is getattr(m, n)
+
+@pytest.mark.parametrize('page', pages, ids=lambda p: p.stem)
+def test_page_has_a_title_and_no_stored_error(page):
+    cells = json.loads(page.read_text())['cells']
+    assert re.match(r'# .+\n\n> .+', ''.join(cells[0]['source']))
+    outputs = [o for c in cells for o in c.get('outputs', [])]
+    assert not [o for o in outputs if o['output_type']=='error' or o.get('name')=='stderr']
+    exp = any('#| default_exp' in ''.join(c['source']) for c in cells)
+    if exp: assert any(re.search(r'\btest_|\bassert ', ''.join(c['source'])) for c in cells), 'a page of code asserts'
+
+def test_every_page_is_in_the_sidebar():
+    assert {p.relative_to(root/'nbs').as_posix() for p in pages} == set(re.findall(r'[\w/]+\.ipynb', (root/'nbs/sidebar.yml').read_text()))
+
+@pytest.fixture(scope='module')
+def processed():
+    "The pages as nbdev hands them to Quarto"
+    if nbdev3: pytest.skip('the docs are built with nbdev 2')
+    code = 'from nbdev.serve import proc_nbs; print("cache:", proc_nbs(n_workers=0, force=True))'
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=root, capture_output=True, text=True, check=True).stdout
+    cache = Path(re.search('cache: (.*)', out)[1])
+    return {p.stem:[c for c in json.loads((cache/p.relative_to(root/'nbs')).read_text())['cells']] for p in pages}
+
+def prose(cells): return '\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='markdown')
+
+def test_links_of_the_processed_pages(processed, cfg):
+    "Each name of ours in backticks is a link, and each link within the site has its page and its heading"
+    from fastdistill._modidx import d
+    names = {s.split('.')[-1] for mod in d['syms'].values() for s in mod if s.count('.')==2 and not s.split('.')[-1].startswith('_')}
+    site = cfg['doc_host'] + cfg['doc_baseurl'] + '/'
+    # nbdev drops the number of a page from its address
+    address = {re.sub(r'^\d+_', '', k)+'.html':prose(v) for k,v in processed.items()}
+    n_links = 0
+    for page,cells in processed.items():
+        text = re.sub(r'```.*?```', '', prose(cells), flags=re.S)
+        bare = {n for n in re.findall(r'(?<!\[)`(\w+)`', text) if n in names}
+        assert not bare, f'{page}: no link for {bare}'
+        for url in re.findall(r'\]\(([^)\s]+)\)', text):
+            target,_,anchor = url.removeprefix(site).partition('#')
+            if url.startswith('http') and not url.startswith(site.rstrip('/')): continue
+            if target.rstrip('/') == site.rstrip('/'): continue
+            n_links += 1
+            assert target in address, f'{page}: {url} has no page'
+            assert not anchor or anchor in address[target].lower().replace(' ', '-'), f'{page}: {url} has no heading'
+    assert n_links > 10
