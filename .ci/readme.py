@@ -1,26 +1,34 @@
 """Render README.md from nbs/index.ipynb without Quarto: python .ci/readme.py
 
-Images that the page shows go to index_files/, as nbdev_readme would have it.
+Images that the page shows go to index_files/, as with nbdev_readme.
 """
-import re, sys
+import re
 from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
 
 root = Path(__file__).resolve().parent.parent
 
+def apply_directives(cell):
+    "Do what nbdev and Quarto do with the `#|` lines of a cell; its caption, if it has one"
+    lines = re.findall(r'^#\|\s*(.*)$\n?', cell.source, flags=re.M)
+    cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
+    if 'echo: false' in lines: cell.metadata['transient'] = dict(remove_source=True)
+    if 'output: false' in lines: cell.outputs = []
+    return next((l.removeprefix('fig-cap: ').strip('"') for l in lines if l.startswith('fig-cap: ')), None)
+
 def render():
-    "Text of the README and its images by file name"
+    "Text of the README, and its images by file name"
     nb = nbformat.read(root/'nbs/index.ipynb', 4)
-    def directives(cell): return [l for l in cell.source.splitlines() if l.startswith('#|')]
-    nb.cells = [c for c in nb.cells if not any('hide' in d for d in directives(c))]
-    for c in nb.cells:
-        c.source = re.sub(r'^#\|.*\n', '', c.source, flags=re.M)
-        for o in c.get('outputs', []):
-            if 'data' in o and 'text/html' in o.data: o.data = {'text/html': o.data['text/html']}     # tables of fits
-        c.outputs = [o for o in c.get('outputs', []) if '<style>' not in o.get('data', {}).get('text/html', '')]
+    nb.metadata['language_info'] = dict(name='python')
+    nb.cells = [c for c in nb.cells if not c.source.startswith('#| hide')]
+    captions = []
+    for c in (c for c in nb.cells if c.cell_type == 'code'):
+        captions.append(apply_directives(c))
+        c.outputs = [o for o in c.outputs if '<style>' not in o.get('data', {}).get('text/html', '')]     # of fastai's progress bars
     text,res = MarkdownExporter().from_notebook_node(nb, resources=dict(unique_key='index', output_files_dir='index_files'))
-    return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n',res['outputs']
+    for caption in filter(None, captions): text = text.replace('![png]', f'![{caption}]', 1)
+    return re.sub(r'\n\s*\n\s*\n+', '\n\n', text).strip() + '\n',res['outputs']
 
 if __name__ == '__main__':
     text,images = render()
