@@ -28,7 +28,8 @@ def render():
         c.outputs = [o for o in c.outputs if '<style>' not in o.get('data', {}).get('text/html', '')]     # of fastai's progress bars
     text,res = MarkdownExporter().from_notebook_node(nb, resources=dict(unique_key='index', output_files_dir='index_files'))
     for caption in filter(None, captions): text = text.replace('![png]', f'![{caption}]', 1)
-    return re.sub(r'\n\s*\n\s*\n+', '\n\n', text).strip() + '\n',res['outputs']
+    text = re.sub(r'[ \r]+\n', '\n', text)     # commands print to a terminal, with carriage returns
+    return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n',res['outputs']
 
 if __name__ == '__main__':
     text,images = render()
