@@ -45,7 +45,7 @@ def _as_loss(loss):
     if not callable(loss): raise TypeError(f'Expected a loss to be callable, `loss(student, teacher)`, but got {loss!r}')
     return loss
 
-# %% ../nbs/03_callback.ipynb #b5b3f60f
+# %% ../nbs/03_callback.ipynb #07c57fc6
 class Match:
     "One term of the distillation loss: `weight` times `loss`, on the predictions or, where layers are named, summed over their pairs"
     def __init__(self,
@@ -80,7 +80,7 @@ class Match:
 
     def _compare(self, of, s, t, *targ):
         try:
-            if s.shape != t.shape and (not self.student_layers or isinstance(self.loss, _Loss)):
+            if s.shape != t.shape and (not self.student_layers or isinstance(self.loss, _Loss)):   # PyTorch's losses would broadcast
                 raise ValueError('expected the same shape (in predictions, the same number of classes)')
             loss = full_precision(self.loss)(s, t, *targ)
             if not isinstance(loss, Tensor) or loss.ndim: raise ValueError(f'expected the loss to be a scalar tensor, but got {loss!r}')
@@ -88,7 +88,7 @@ class Match:
         except Exception as e:
             raise modify_exception(e, f'{self} cannot compare {of}, student {tuple(s.shape)} and teacher {tuple(t.shape)}: {e}', replace=True)
 
-# %% ../nbs/03_callback.ipynb #ae8fe8d8
+# %% ../nbs/03_callback.ipynb #38fe0992
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
@@ -176,6 +176,7 @@ class KnowledgeDistillationCallback(Callback):
         self._parts = dict(task_loss=task_loss.detach(), kd_loss=kd_loss.detach())
         self.learn.loss_grad = tw*task_loss + w*kd_loss
         self.learn.loss = self.learn.loss_grad.clone()
+        self._forget()   # what backward needs is in the graph
 
     def kd_loss(self) -> Tensor: # Scalar
         "The distillation loss of this batch: the sum of the terms"
@@ -185,8 +186,8 @@ class KnowledgeDistillationCallback(Callback):
     def after_batch(self):
         "Record the parts of the loss and drop what belongs to this batch"
         for k,v in (self._parts or {}).items(): self._smooth[k].accumulate(SimpleNamespace(loss=v))
-        for h in self._hooks: h.clear()
-        self._answer,self._parts,self._first_buffers = None,None,()
+        self._parts,self._first_buffers = None,()
+        self._forget()
 
     def after_train(self):
         "Remove the hooks: validation is the task's own"
@@ -200,6 +201,10 @@ class KnowledgeDistillationCallback(Callback):
     def after_fit(self):
         "Leave everything as it was found"
         self._undo()
+
+    def _forget(self):
+        for h in self._hooks: h.clear()
+        self._answer = None
 
     def _undo(self):
         self.after_train()
