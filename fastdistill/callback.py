@@ -88,7 +88,7 @@ class Match:
         except Exception as e:
             raise modify_exception(e, f'{self} cannot compare {of}, student {tuple(s.shape)} and teacher {tuple(t.shape)}: {e}', replace=True)
 
-# %% ../nbs/03_callback.ipynb #38fe0992
+# %% ../nbs/03_callback.ipynb #6bf51c5a
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
@@ -150,6 +150,7 @@ class KnowledgeDistillationCallback(Callback):
 
     def before_train(self):
         "Start the teacher and hook the layers of both models"
+        self.after_train()   # an epoch that was cancelled has left its hooks
         with self._undo_on_error():
             if self._teacher is None: raise ValueError('The teacher was not saved with the learner. Set it with `learn.knowledge_distillation.teacher = ...`, '
                                                        'or train without with `learn.remove_cb(KnowledgeDistillationCallback)`.')
@@ -160,7 +161,7 @@ class KnowledgeDistillationCallback(Callback):
             for m in self.matches:
                 self._hooks += FeatureHooks(student, m.student_layers, 'student'),FeatureHooks(teacher, m.teacher_layers, 'teacher')
             self._teacher.start(one_param(student).device)
-            if not self.train_iter: self._first_buffers = [(b,b.clone()) for b in student.buffers()]
+            self._first_buffers = [(b,b.clone()) for b in student.buffers()]
 
     def after_pred(self):
         "Let the teacher answer what the student was asked"
@@ -194,10 +195,6 @@ class KnowledgeDistillationCallback(Callback):
         for h in self._hooks: h.remove()
         self._hooks = ()
 
-    def after_epoch(self):
-        "Remove the hooks of a cancelled epoch"
-        self.after_train()
-
     def after_fit(self):
         "Leave everything as it was found"
         self._undo()
@@ -214,7 +211,7 @@ class KnowledgeDistillationCallback(Callback):
 
     @contextmanager
     def _undo_on_error(self):
-        "On an error leave everything as it was found: at the first batch, also the student's buffers, which its forward pass has changed"
+        "On an error leave everything as it was found; at the first batch that includes the student's buffers, which its forward pass has changed"
         try: yield
         except Exception:
             with torch.no_grad():

@@ -247,8 +247,10 @@ def ends(ex, event='after_loss', at=1):
     (CancelStepException,'before_step'), (CancelTrainException,'after_loss'), (CancelEpochException,'after_loss'), (CancelFitException,'after_loss')])
 def test_cancelled(teacher, ex, event):
     kd = KD(teacher, [SoftTarget, Match(Attention, stages, stages)])
-    learn = learner(cbs=[kd, ends(ex, event)])
+    hooks = []
+    learn = learner(cbs=[kd, ends(ex, event), Callback(before_batch=lambda self: hooks.append((self.training, n_hooks(self.model, teacher))))])
     learn.fit(2)
+    assert {n for training,n in hooks if training} == {4} and {n for training,n in hooks if not training} <= {0}
     assert n_hooks(learn.model, teacher) == 0 and teacher.training and learn.metrics.attrgot('name') == ['accuracy']
     assert kd._answer is None and kd._hooks == ()
     learn.fit(1)
