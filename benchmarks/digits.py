@@ -5,7 +5,6 @@
 Made on another random split (split=1) than the demonstration of the `fastdistill` command (split=0).
 """
 import sys
-from functools import partial
 from pathlib import Path
 import pandas as pd
 from fastdistill.callback import Match
@@ -20,7 +19,7 @@ seeds,rows = int(sys.argv[1]) if len(sys.argv) > 1 else 3,[]
 for n in (200,1000):
     for epochs in (30,60,100):
         runs,*_ = distill_digits(epochs, seeds, n, split=1, methods=methods)
-        last = runs[runs.epoch==epochs].groupby('method', sort=False).accuracy.agg(['mean',partial(pd.Series.std, ddof=0)])
+        last = runs[runs.epoch==epochs].groupby('method', sort=False).accuracy.agg(['mean','std'])
         rows += [dict(labels=n, epochs=epochs, method=m.removeprefix('student, '), accuracy=a, spread=s, seeds=seeds) for m,(a,s) in last.iterrows()]
 table = pd.DataFrame(rows).round(4)
 table.to_csv(Path(__file__).with_suffix('.csv'), index=False)

@@ -49,7 +49,7 @@ def train_students(
             print(f'{name}, seed {seed}: accuracy {rows[-1]["accuracy"]:.3f} ({time.perf_counter()-start:.0f} s)', flush=True)
     return pd.DataFrame(rows),learners
 
-# %% ../nbs/06_cli.ipynb #b1d46fda
+# %% ../nbs/06_cli.ipynb #ad688006
 @torch.no_grad()
 def measure(
     learn:Learner, # Trained learner
@@ -70,14 +70,14 @@ def summarize(
     runs:pd.DataFrame, # Rows of `train_students`; the first method is the one to compare with
     learners:dict, # Method -> `Learner`
     teacher:Learner, # Trained teacher
-) -> pd.DataFrame: # A row for the teacher and for each method; spread is the standard deviation over seeds
+) -> pd.DataFrame: # A row for the teacher and for each method; spread is the sample standard deviation over seeds, none for a single one
     "Table of size, speed, accuracy and gain over the first method, seed by seed"
     last = runs[runs.epoch==runs.epoch.max()].pivot(index='seed', columns='method', values='accuracy')
     gain = last.sub(last[next(iter(learners))], axis=0)
     with teacher.no_bar(): rows = [dict(model='teacher', **measure(teacher), accuracy=teacher.validate()[1])]
     for i,(name,learn) in enumerate(learners.items()):
-        rows.append(dict(model=name, **measure(learn), accuracy=last[name].mean(), spread=last[name].std(ddof=0)))
-        if i: rows[-1].update(gain=gain[name].mean(), gain_spread=gain[name].std(ddof=0))
+        rows.append(dict(model=name, **measure(learn), accuracy=last[name].mean(), spread=last[name].std()))
+        if i: rows[-1].update(gain=gain[name].mean(), gain_spread=gain[name].std())
     return pd.DataFrame(rows)
 
 def plot_results(
@@ -118,7 +118,9 @@ def report(
     for name,learn in learners.items(): learn.export((out/f'student-{name.split()[-1]}.pkl').absolute())
     units = dict(size='size (MB)', latency='latency (ms/image)', gain='gain over scratch', gain_spread='± ', spread='±')
     print('\n' + table.rename(columns=units).to_string(index=False, na_rep='', float_format='{:.3f}'.format))
-    print(f'\n{runs.seed.nunique()} seeds, ± is their standard deviation. Latency: one image on {next(teacher.model.parameters()).device}, '
+    n = runs.seed.nunique()
+    print(f'\n{n} seeds, ± is their standard deviation. ' if n > 1 else '\nOne seed says nothing about the spread. ', end='')
+    print(f'Latency: one image on {next(teacher.model.parameters()).device}, '
           f'{torch.get_num_threads()} threads. Written to {out}/: results.csv, runs.csv, results.png and the students.')
     return table
 
