@@ -124,7 +124,7 @@ def report(
           f'{torch.get_num_threads()} threads. Written to {out}/: results.csv, runs.csv, results.png and the students.')
     return table
 
-# %% ../nbs/06_cli.ipynb #c90edcfc
+# %% ../nbs/06_cli.ipynb #a05dc249
 class DigitImage(Transform):
     "A row of 64 pixels and a label -> image of shape (1, 8, 8), from 0 to 1"
     def encodes(self, row:np.ndarray): return tensor(row[:64]).view(1,8,8)/16
@@ -153,24 +153,39 @@ def digits_cnn(
     return nn.Sequential(ConvLayer(1, width), ConvLayer(width, 2*width, stride=2), ConvLayer(2*width, 4*width, stride=2),
                          nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(4*width, 10))
 
-def digits_learner(width, n=1000, split=0): return Learner(digits_dls(n, split=split), digits_cnn(width), metrics=accuracy,
-                                                           loss_func=CrossEntropyLossFlat())
+def digits_learner(
+    width:int, # Channels of the first layer
+    n:int=1000, # How many labelled images to train on
+    split:int=0, # Seed of the shuffle
+) -> Learner: # Not trained yet
+    "A learner for the digits"
+    return Learner(digits_dls(n, split=split), digits_cnn(width), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
-# %% ../nbs/06_cli.ipynb #6ad49768
+# %% ../nbs/06_cli.ipynb #b57d451f
 digits_methods = {'scratch': dict(),
                   'SoftTarget': dict(loss=SoftTarget(T=10), weight=0.9),
                   'Attention': dict(loss=Match(Attention, ['0','1','2'], ['0','1','2'], weight=10), weight=1., task_weight=1.)}
 
-def train_teacher(learn, epochs, lr):
-    "Train a teacher, with a line that says what came of it"
+def train_teacher(
+    learn:Learner, # Teacher, not trained yet
+    epochs:int, # Epochs of `fit_one_cycle`
+    lr:float, # Its maximum learning rate
+    file:Path=None, # Where to save its weights
+) -> Learner: # The same, trained
+    "Train a teacher and say how long that took"
     start = time.perf_counter()
     with learn.no_logging(): learn.fit_one_cycle(epochs, lr)
-    print(f'teacher: {total_params(learn.model)[0]:,} parameters ({time.perf_counter()-start:.0f} s)', flush=True)
+    saved = f', weights saved to {learn.save(Path(file).with_suffix("").absolute(), with_opt=False)}' if file else ''
+    print(f'teacher: {total_params(learn.model)[0]:,} parameters ({time.perf_counter()-start:.0f} s){saved}', flush=True)
     return learn
 
-def with_teacher(teacher, methods):
-    "Name -> function that makes the callbacks of one fit; a method without settings trains without the teacher"
-    return {f'student, {k}':partial(lambda kw: [KnowledgeDistillationCallback(teacher, **kw)] if kw else [], kw) for k,kw in methods.items()}
+def with_teacher(
+    teacher:Learner, # Trained teacher
+    methods:dict, # Name -> arguments of `KnowledgeDistillationCallback`, none to train without
+) -> dict: # Name -> function that makes the callbacks of one fit, for `train_students`
+    "Methods of training with `teacher`"
+    def new_cbs(kw): return [KnowledgeDistillationCallback(teacher, **kw)] if kw else []
+    return {f'student, {name}':partial(new_cbs, kw) for name,kw in methods.items()}
 
 def distill_digits(
     epochs:int=60, # Epochs of each student
@@ -185,7 +200,7 @@ def distill_digits(
     runs,learners = train_students(partial(digits_learner, 4, n, split), with_teacher(teacher, methods), epochs, 1e-2, seeds)
     return runs,learners,teacher
 
-# %% ../nbs/06_cli.ipynb #6faee395
+# %% ../nbs/06_cli.ipynb #36170560
 def image_dls(
     path, # Folder of images in folders by class, or with folders 'train' and 'valid' ('val', 'validation') of such
     size:int=64, # Height and width to which images are cropped and resized
@@ -200,37 +215,37 @@ def image_dls(
     classes = {f.parent.name for f in get_image_files(path/'train' if valid else path)}
     if not classes: raise ValueError(f'{path}: no images in it. Expected images in one folder for each class.')
     if len(classes) < 2: raise ValueError(f'{path}: images of one class only, {classes.pop()!r}. Expected a folder for each of several classes.')
-    return ImageDataLoaders.from_folder(path, valid=valid, valid_pct=None if valid else valid_pct, seed=0, bs=bs, item_tfms=Resize(size),
-                                        batch_tfms=Normalize.from_stats(*imagenet_stats))
+    dls = ImageDataLoaders.from_folder(path, valid=valid, valid_pct=None if valid else valid_pct, seed=0, bs=bs, item_tfms=Resize(size),
+                                       batch_tfms=Normalize.from_stats(*imagenet_stats))
+    if not len(dls.train): raise ValueError(f'{path}: {len(dls.train_ds)} images to train on do not fill a batch of {bs}. Give a smaller --bs.')
+    return dls
 
-# %% ../nbs/06_cli.ipynb #a3929cfb
+# %% ../nbs/06_cli.ipynb #8392792a
 def _check_name(kind, name, known):
     if name not in known:
         raise ValueError(f'Unknown {kind} {name!r}. Nearest: {", ".join(get_close_matches(name, known) or sorted(known)[:10])}.')
 
 def _arch(name):
-    "Name to give to timm and whether it is one of timm's"
-    if is_timm := name.startswith('timm:'):
+    "What fastai's `vision_learner` takes: a function of torchvision, or the name of a model of timm"
+    if name.startswith('timm:'):
         name = name.removeprefix('timm:')
         try: import timm
         except ImportError: raise ValueError(f'timm:{name} needs timm: pip install timm') from None
         _check_name('timm model', name, timm.list_models())
-    else:
-        from torchvision import models
-        _check_name('torchvision model', name, models.list_models(module=models))
-    return name,is_timm
+        return name
+    from torchvision import models
+    _check_name('torchvision model', name, models.list_models(module=models))
+    return models.get_model_builder(name)
 
 def plain_model(
     name:str, # torchvision model, or timm:NAME
     n_classes:int, # Number of classes
 ) -> nn.Module: # With random weights
     "A model of torchvision or timm; an unknown name raises `ValueError` with the nearest"
-    name,is_timm = _arch(name)
-    if is_timm:
-        import timm
-        return timm.create_model(name, num_classes=n_classes)
-    from torchvision import models
-    return models.get_model(name, num_classes=n_classes)
+    arch = _arch(name)
+    if not isinstance(arch, str): return arch(num_classes=n_classes)
+    import timm
+    return timm.create_model(arch, num_classes=n_classes)
 
 def image_teacher(
     dls, # `DataLoaders`
@@ -240,12 +255,11 @@ def image_teacher(
 ) -> Learner: # Not trained yet, unless by its weights
     "A teacher for images; raises `ValueError` for an unknown name, weights that do not fit and weights that cannot be had"
     from fastai.vision.all import vision_learner
-    from torchvision import models
-    arch,is_timm = _arch(name)
-    arch = arch if is_timm else getattr(models, arch)
-    try: learn = vision_learner(dls, arch, pretrained=pretrained and not weights, metrics=accuracy)
+    try: learn = vision_learner(dls, _arch(name), pretrained=pretrained and not weights, metrics=accuracy)
     except OSError as e: raise ValueError(f'The ImageNet weights of {name} could not be had ({e}). Give a file with --teacher_weights, '
                                           'or train the teacher with --from_scratch.') from None
+    except StopIteration: raise ValueError(f'fastai cannot put a head of its own on {name}, which has no pooling layer. '
+                                           'Try it as timm:NAME, or another architecture.') from None
     learn.unfreeze()
     if weights: learn.model = _load_weights(weights, name, learn.model, plain_model(name, dls.c)).to(dls.device)
     return learn
@@ -264,7 +278,7 @@ def _load_weights(file, name, *candidates):
     nearest = min(why, key=lambda lines: len(''.join(lines)))
     raise ValueError(f'{file}: weights do not fit {name} with the classes of this folder: {" ".join(l.strip() for l in nearest[1:3])[:300]}')
 
-# %% ../nbs/06_cli.ipynb #ccaf2909
+# %% ../nbs/06_cli.ipynb #7f386eb2
 def distill_images(
     path, # Folder of images by class
     teacher:str='resnet34', # torchvision model, or timm:NAME
@@ -283,6 +297,7 @@ def distill_images(
     size:int=64, # Image size in pixels
     bs:int=64, # Batch size
     valid_pct:float=0.2, # Share of images to validate on
+    save_teacher:Path=None, # Where to save the weights of a teacher that was trained
 ) -> tuple: # runs, learners and teacher, for `report`
     "Distil a teacher into a student on a folder of images; everything is checked before anything is trained"
     losses = dict(SoftTarget=SoftTarget(T=temperature), Logits=Logits(), Attention=Attention())
@@ -293,10 +308,10 @@ def distill_images(
     kw = dict(loss=losses[loss], student_layers=student_layers, teacher_layers=teacher_layers, weight=weight, task_weight=task_weight)
     for m in KnowledgeDistillationCallback(learn, **kw).matches:
         for n in m.student_layers: get_layer(student_model, n, 'student')
-    if not teacher_weights: train_teacher(learn, epochs, lr)
+    if not teacher_weights: train_teacher(learn, epochs, lr, save_teacher)
     return *train_students(new_student, with_teacher(learn, {'scratch':{}, loss:kw}), epochs, lr, seeds), learn
 
-# %% ../nbs/06_cli.ipynb #24083433
+# %% ../nbs/06_cli.ipynb #0d615ede
 _help = 'Folder of images by class, or with folders train and valid of such; without it, the digits that ship with scikit-learn'
 _path = Param(_help, str, nargs='?', opt=False) if Param else Annotated[str, _help, dict(nargs='?', opt=False)]
 
@@ -330,12 +345,14 @@ def fastdistill(
         if k in args: args[k] = args[k].split(',')
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    return report(*(distill_digits(**args) if path is None else distill_images(path, **args)), out)
+    results = distill_digits(**args) if path is None else distill_images(path, **args, save_teacher=out/'teacher.pth')
+    return report(*results, out)
 
 def main():
     "Run `fastdistill` with the arguments of the command line; options may be spelt with underscores or with hyphens"
-    other,sep = '-_' if Param else '_-'
-    def spell(a): return '--' + a[2:].partition('=')[0].replace(other, sep) + ''.join(a[2:].partition('=')[1:]) if a.startswith('--') else a
+    def spell(arg):
+        name,eq,value = arg.partition('=')
+        return '--' + name[2:].replace(*('-_' if Param else '_-')) + eq + value if arg.startswith('--') else arg
     args = vars(anno_parser(fastdistill, prog='fastdistill').parse_args([spell(a) for a in sys.argv[1:]]))
     try: fastdistill(**{k:v for k,v in args.items() if k not in ('pdb','xtra')})
     except (ValueError,KeyError,OSError) as e: sys.exit(f'fastdistill: {e.args[0] if isinstance(e, KeyError) else e}')

@@ -57,6 +57,8 @@ def test_digits_data():
 def test_images_teacher_trained_here(run, images, tmp_path):
     out = run(images, '--from_scratch', '--teacher', 'resnet18', '--student', 'resnet18', '--out', tmp_path, *tiny)
     assert list(pd.read_csv(tmp_path/'results.csv').model) == ['teacher','student, scratch','student, SoftTarget']
+    weights = torch.load(tmp_path/'teacher.pth', weights_only=True)
+    assert cli.image_teacher(cli.image_dls(images, 32, 8), 'resnet18', tmp_path/'teacher.pth').model.state_dict().keys() == weights.keys()
     assert 'teacher: 1' in out and 'One seed says nothing' in out and pd.read_csv(tmp_path/'results.csv').spread.isna().all()
 
 @pytest.mark.parametrize('style', ['plain','learner'])
@@ -101,6 +103,8 @@ def no_images(tmp_path):
     (['nowhere'], 'nowhere: no such folder'),
     (['{bad}/empty'], 'no images in it'),
     (['{bad}/one'], "images of one class only, 'cat'"),
+    (['{ok}','--bs','64'], '20 images to train on do not fill a batch of 64'),
+    (['{ok}','--bs','8','--from_scratch','--teacher','vit_b_16'], 'no pooling layer'),
     (['{ok}','--teacher','resnet43'], "Unknown torchvision model 'resnet43'. Nearest: resnet34"),
     (['{ok}','--student','resnte18'], "Unknown torchvision model 'resnte18'. Nearest: resnet18"),
     (['{ok}','--loss','SoftTargets'], "Unknown loss 'SoftTargets'. Nearest: SoftTarget"),
@@ -120,7 +124,8 @@ def no_images(tmp_path):
 def test_bad_input(args, msg, images, no_images, monkeypatch, capsys):
     def trained(*_, **__): raise AssertionError('something was trained')
     monkeypatch.setattr(cli.Learner, 'fit', trained)
-    monkeypatch.setattr(sys, 'argv', ['fastdistill', *(a.format(ok=images, bad=no_images) for a in args), '--out', str(no_images/'out')])
+    args = [a.format(ok=images, bad=no_images) for a in args] + (['--bs','8'] if '{ok}' in args and '--bs' not in args else [])
+    monkeypatch.setattr(sys, 'argv', ['fastdistill', *args, '--out', str(no_images/'out')])
     with pytest.raises(SystemExit, match=f'(?s)fastdistill: .*{msg}'): cli.main()
 
 def test_no_download(images, monkeypatch):
