@@ -20,7 +20,8 @@ def attention(s, t, p):
     for a,b in zip(maps(s), maps(t)):
         h,w = (min(x,y) for x,y in zip(a.shape, b.shape))
         a,b = (pool(m, h, w).ravel() for m in (a,b))
-        for x,y in zip(a/np.linalg.norm(a), b/np.linalg.norm(b)): total,count = total + (x-y)**2,count + 1
+        a,b = (m/max(np.linalg.norm(m), 1e-12) for m in (a,b))     # a map that is all but zero is not blown up
+        for x,y in zip(a, b): total,count = total + (x-y)**2,count + 1
     return total/count
 
 sizes,seeds = st.integers(1,5),st.integers(0,10**6)
@@ -56,7 +57,7 @@ def test_never_negative_always_finite(b, c, seed, power, dtype):
     s,t = s.to(dtype).requires_grad_(),t.to(dtype)
     for loss in (SoftTarget(), Logits(), Attention(), Attention(1)):
         val = loss(s,t)
-        assert val.isfinite() and val >= -1e-6 and val.dtype == torch.float32
+        assert val.isfinite() and val >= -1e-5 and val.dtype == torch.float32     # rounding, times T² = 25
         assert torch.autograd.grad(val, s)[0].isfinite().all()
 
 @pytest.mark.parametrize('loss', [SoftTarget(), SoftTarget(1), Logits(), Attention(), Attention(3)])
