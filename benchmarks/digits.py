@@ -1,6 +1,6 @@
 """Where distillation helps on scikit-learn's digits, and where it does not: accuracy by labels, epochs and method.
 
-    python benchmarks/digits.py [seeds]        # about 15 minutes on two cores; writes benchmarks/digits.csv
+    python benchmarks/digits.py [seeds]        # a quarter of an hour on two cores; writes benchmarks/digits.csv
 
 Made on another random split (split=1) than the demonstration of the `fastdistill` command (split=0).
 """

@@ -1,3 +1,4 @@
+"Every public name, for `from fastdistill.all import *`; written by hand, as in fastai."
 from .losses import *
 from .layers import *
 from .teacher import *
