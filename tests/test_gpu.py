@@ -1,8 +1,7 @@
 "On a GPU: mixed precision, channels last, a teacher that comes from the CPU and goes back. Skipped where there is none."
 import pytest, torch
+import fastai.callback.all, fastai.callback.channelslast     # they give Learner its to_fp16 and the like; a star would bring a test_overflow
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, TfmdDL, set_seed
-from fastai.callback.all import *
-from fastai.callback.channelslast import *
 from conftest import QuietLearner, data, n_hooks, net, same_state, state
 from fastdistill.all import *
 
@@ -17,15 +16,15 @@ def learner(**kwargs):
 @pytest.mark.parametrize('to', [None,'to_fp16','to_bf16','to_channelslast'])
 def test_precision(to):
     teacher = net(8)
-    before,answers,inside,where = state(teacher),[],[],[]
-    teacher.register_forward_hook(lambda m,i,o: (answers.append(o.dtype), where.append(o.device.type)))
+    before,answers,inside = state(teacher),[],[]
+    teacher.register_forward_hook(lambda m,i,o: answers.append((o.dtype,o.device.type)))
     def loss(s, t): inside.append((s.dtype,t.dtype,torch.is_autocast_enabled('cuda'))); return (s-t).square().mean()
     kd = KnowledgeDistillationCallback(teacher, [loss, SoftTarget, Match(Attention, ['0','1'], ['0','1']), Match(loss, '4', '4')])
     learn = learner(cbs=kd)
     if to: getattr(learn, to)()
     learn.fit(3)
     want = dict(to_fp16=torch.float16, to_channelslast=torch.float16, to_bf16=torch.bfloat16).get(to, torch.float32)
-    assert set(answers) == {want} and set(where) == {'cuda'} and set(inside) == {(torch.float32,torch.float32,False)}
+    assert set(answers) == {(want,'cuda')} and set(inside) == {(torch.float32,torch.float32,False)}
     assert same_state(teacher, before) and next(teacher.parameters()).device.type == 'cpu' and teacher.training
     assert n_hooks(learn.model) == 0 and n_hooks(teacher) == 1     # this test's own
     assert all(torch.isfinite(torch.tensor(v)) for v in learn.recorder.values[-1])
