@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Match', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/03_callback.ipynb #478880f9
+# %% ../nbs/03_callback.ipynb #e87e3a6f
 import math
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +18,7 @@ from fastai.learner import AvgSmoothLoss, ValueMetric
 from fastai.torch_core import one_param
 from fastcore.basics import listify
 from fastcore.xtras import modify_exception
-from torch import nn, Tensor
+from torch import Tensor
 from torch.nn.modules.loss import _Loss
 from .layers import FeatureHooks, get_layer, unwrap_model
 from .losses import SoftTarget, full_precision

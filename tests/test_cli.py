@@ -121,7 +121,7 @@ def no_images(tmp_path):
     (['--teacher','resnet18','--loss','Logits'], 'loss, teacher: only for a folder of images'),
     (['--epochs','0'], 'epochs to be at least 1'),
 ])
-def test_bad_input(args, msg, images, no_images, monkeypatch, capsys):
+def test_bad_input(args, msg, images, no_images, monkeypatch):
     def trained(*_, **__): raise AssertionError('something was trained')
     monkeypatch.setattr(cli.Learner, 'fit', trained)
     args = [a.format(ok=images, bad=no_images) for a in args] + (['--bs','8'] if '{ok}' in args and '--bs' not in args else [])
