@@ -5,26 +5,30 @@
 # %% auto #0
 __all__ = ['Match', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/03_callback.ipynb #e87e3a6f
-import math
+# %% ../nbs/03_callback.ipynb #5b87c206
+import inspect, math, weakref
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
+from itertools import chain
 from numbers import Real
 from types import SimpleNamespace
 import torch
+import torch.nn.functional as F
 from fastai.callback.core import Callback
+from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss, ValueMetric
-from fastai.torch_core import one_param
+from fastai.torch_core import one_param, rank_distrib
 from fastcore.basics import listify
 from fastcore.xtras import modify_exception
-from torch import Tensor
+from torch import nn, Tensor
 from torch.nn.modules.loss import _Loss
 from .layers import FeatureHooks, get_layer, unwrap_model
-from .losses import SoftTarget, full_precision
+from .losses import Projected, SoftTarget, full_precision
 from .teacher import Teacher, get_logits
 
-# %% ../nbs/03_callback.ipynb #4e87453b
+# %% ../nbs/03_callback.ipynb #19093dc7
 def _check_weight(
     name, # What the weight is called in the message
     weight, # A number, or a schedule: a function of training progress, 0 to 1
@@ -39,13 +43,19 @@ def _check_weight(
     return weight
 
 def _as_loss(loss):
-    "An instance for a class or for a `partial` of one, any other callable as it is"
+    "An instance for a class or for a `partial` of one, any other callable as it is; raises `TypeError` where it cannot be called as a loss"
     cls = loss.func if isinstance(loss, partial) else loss
     if isinstance(cls, type): loss = loss()
     if not callable(loss): raise TypeError(f'Expected a loss to be callable, `loss(student, teacher)`, but got {loss!r}')
+    args = ['student','teacher'] + ['targ']*getattr(loss, 'needs_targ', False)
+    try: takes = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    except ValueError: return loss   # a function of C, which does not tell
+    try: takes.bind(*args)
+    except TypeError: raise TypeError(f'Expected a loss to be called as loss({", ".join(args)}), but {loss!r} takes {takes}. A loss on predictions that '
+                                      'compares them with the labels as well is called as loss(student, teacher, targ) and says so with `needs_targ = True`.') from None
     return loss
 
-# %% ../nbs/03_callback.ipynb #07c57fc6
+# %% ../nbs/03_callback.ipynb #7202e628
 class Match:
     "One term of the distillation loss: `weight` times `loss`, on the predictions or, where layers are named, summed over their pairs"
     def __init__(self,
@@ -53,13 +63,17 @@ class Match:
         student_layers:str|list=None, # Names of the student's layers; none to compare predictions
         teacher_layers:str|list=None, # Names of the teacher's layers, paired with the student's in this order
         weight:float=1., # Weight of this term among the others: a number of at least 0
+        projector:bool=False, # Map the student's features to the teacher's channels first, by a trainable projector?
     ):
         self.loss,self.weight = _as_loss(loss),_check_weight('the weight of a Match', weight)
         self.student_layers,self.teacher_layers = list(listify(student_layers)),list(listify(teacher_layers))
-        self._check_layers(getattr(self.loss, 'on_features', None))
+        self._check_layers()
+        if projector:
+            self.loss = Projected(self.loss)
+            self._check_layers()
 
-    def _check_layers(self, on_features):
-        s,t = self.student_layers,self.teacher_layers
+    def _check_layers(self):
+        s,t,on_features = self.student_layers,self.teacher_layers,getattr(self.loss, 'on_features', None)
         if len(s) != len(t):
             raise ValueError(f'Expected as many student layers as teacher layers, but got {len(s)}, {s}, and {len(t)}, {t}')
         if s and on_features is False: raise ValueError(f'{self} compares predictions: expected no layers, but got {s} and {t}')
@@ -68,32 +82,96 @@ class Match:
 
     def __repr__(self): return getattr(self.loss, '__name__', None) or repr(self.loss)
 
+    def build(self,
+        student:list, # What the student computed: its features, one for each of `student_layers`, or its logits alone
+        teacher:list, # What the teacher computed, likewise
+    ) -> nn.ModuleList: # A loss for each pair; empty where the loss has nothing to train
+        "Copies of a loss that has parameters, or makes them with a method `build(student, teacher)`"
+        if not (isinstance(self.loss, nn.Module) and (hasattr(self.loss, 'build') or list(self.loss.parameters()))): return nn.ModuleList()
+        return nn.ModuleList(self._build(*o) for o in zip(self._pairs, student, teacher))
+
+    def _build(self, of, s, t):
+        loss = deepcopy(self.loss).to(s.device)
+        if hasattr(loss, 'build'):
+            with self._naming(of, s, t): full_precision(loss.build)(s.detach(), t)
+        return loss
+
     def __call__(self,
         student:list, # What the student computed: its features, one for each of `student_layers`, or its logits alone
         teacher:list, # What the teacher computed, likewise
-        *targ:Tensor, # Labels, passed on to a loss on predictions with `needs_targ = True`
+        *targ:Tensor, # Labels, passed on to a loss with `needs_targ = True`
+        losses:list=(), # What `build` returned, for a loss that trains
     ) -> Tensor: # Scalar: weight times loss, summed over the pairs
         "Raises what the loss raises, saying what was compared; `ValueError` where shapes would be broadcast or the loss is no scalar"
         if not getattr(self.loss, 'needs_targ', False): targ = ()
-        of = [f'layers {s!r} and {t!r}' for s,t in zip(self.student_layers, self.teacher_layers)] or ['predictions']
-        return self.weight * sum(self._compare(*o, *targ) for o in zip(of, student, teacher))
+        losses = losses or [self.loss]*len(student)
+        return self.weight * sum(self._compare(*o, *targ) for o in zip(losses, self._pairs, student, teacher))
 
-    def _compare(self, of, s, t, *targ):
-        try:
-            if s.shape != t.shape and (not self.student_layers or isinstance(self.loss, _Loss)):   # PyTorch's losses would broadcast
+    def _compare(self, loss, of, s, t, *targ):
+        with self._naming(of, s, t):
+            if s.shape != t.shape and (not self.student_layers or isinstance(loss, _Loss)):   # PyTorch's losses would broadcast
                 raise ValueError('expected the same shape (in predictions, the same number of classes)')
-            loss = full_precision(self.loss)(s, t, *targ)
+            loss = full_precision(loss)(s, t, *targ)
             if not isinstance(loss, Tensor) or loss.ndim: raise ValueError(f'expected the loss to be a scalar tensor, but got {loss!r}')
             return loss
+
+    @property
+    def _pairs(self): return [f'layers {s!r} and {t!r}' for s,t in zip(self.student_layers, self.teacher_layers)] or ['predictions']
+
+    @contextmanager
+    def _naming(self, of, s, t):
+        "Say in an exception what was compared"
+        try: yield
         except Exception as e:
             raise modify_exception(e, f'{self} cannot compare {of}, student {tuple(s.shape)} and teacher {tuple(t.shape)}: {e}', replace=True)
 
-# %% ../nbs/03_callback.ipynb #6bf51c5a
+# %% ../nbs/03_callback.ipynb #30199516
+class _TrainedLosses:
+    "The losses that train with the student, a list for each `Match`, and the optimizer's state of their parameters"
+    states = slow = opt = joined = None
+    def __init__(self, losses):
+        self.losses = nn.ModuleList(losses)
+        self.params = [p for p in self.losses.parameters() if p.requires_grad]
+
+    def join(self, learn):
+        "Put the parameters into the optimizer's last group, and into `learn.parameters()`, which `GradientClip` asks for"
+        opt,model = learn.opt,learn.model
+        if self.states is None or self.opt and self.opt() is not opt: self.states,self.slow = self._new_states(learn),None
+        self.opt,self.joined = weakref.ref(opt),(learn,opt)
+        opt.param_lists[-1].extend(self.params)
+        self._state(opt).update(zip(self.params, self.states))
+        if getattr(opt, 'slow_weights', None): opt.slow_weights[-1].extend(self.slow or [p.detach().clone() for p in self.params])   # Lookahead's
+        learn.parameters = lambda: chain(model.parameters(), self.params)
+
+    def leave(self):
+        "Take them out again"
+        if self.joined is None: return
+        (learn,opt),self.joined = self.joined,None
+        for _ in self.params: opt.param_lists[-1].pop()
+        self.states = [self._state(opt).pop(p, {}) for p in self.params]
+        if getattr(opt, 'slow_weights', None): self.slow = [opt.slow_weights[-1].pop() for _ in self.params][::-1]
+        del learn.parameters
+
+    def _state(self, opt): return getattr(opt, 'opt', opt).state   # of the optimizer that is wrapped, if one is
+
+    def _new_states(self, learn):
+        "Weight decay spares norms, biases and variances, as it does the student's"
+        plain = isinstance(getattr(learn.opt, 'opt', None), torch.optim.Optimizer) or learn.wd_bn_bias
+        return [{} if plain or p.ndim > 1 else dict(do_wd=False) for p in self.params]
+
+    def state_dict(self): return dict(losses=self.losses.state_dict(), states=self.states)
+
+    def load_state_dict(self, saved):
+        self.losses.load_state_dict(saved['losses'])
+        self.states = [{k:v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k,v in st.items()}
+                       for p,st in zip(self.params, saved['states'] or [])] or None
+
+# %% ../nbs/03_callback.ipynb #cf417d24
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
-    _stateattrs = ('_teacher','_hooks','_answer','_parts','_smooth','_first_buffers')   # not pickled: what leaves is the student
-    _learn = _teacher = _answer = _parts = _smooth = None
+    _stateattrs = ('_teacher','_hooks','_answer','_parts','_smooth','_first_buffers','_student','_trained','_saved','_kept')   # not pickled: what leaves is the student
+    _learn = _teacher = _answer = _parts = _smooth = _student = _trained = _saved = _kept = None
     _hooks = _columns = _first_buffers = ()
     def __init__(self,
         teacher, # Trained model: an `nn.Module`, or a `Learner`; it is left as it was found
@@ -123,7 +201,7 @@ class KnowledgeDistillationCallback(Callback):
         teacher = Teacher(model)
         for m in self.matches:
             for n in m.teacher_layers: get_layer(teacher.model, n, 'teacher')
-        self._teacher = teacher
+        self._teacher,self._trained = teacher,None
 
     @property
     def learn(self): return self._learn
@@ -142,6 +220,7 @@ class KnowledgeDistillationCallback(Callback):
         "Add the columns `task_loss` and `kd_loss` to the table"
         self._undo()
         if self.learn.lock.locked(): return   # validate or get_preds: no training, no columns
+        if hasattr(self.learn, 'lr_finder'): self._kept,self._trained = (self._trained,self._saved),deepcopy(self._trained)
         beta = self.recorder.smooth_loss.beta if hasattr(self.learn, 'recorder') else 0.98
         self._smooth = {k:AvgSmoothLoss(beta) for k in ('task_loss','kd_loss')}
         for m in self._smooth.values(): m.reset()
@@ -158,6 +237,7 @@ class KnowledgeDistillationCallback(Callback):
             if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
                 raise ValueError(f'Expected a teacher of its own, but {type(teacher).__name__} is the student or has weights in common with it. '
                                  'A `deepcopy` of the student would do.')
+            if self._student is None or self._student() is not student: self._student,self._trained = weakref.ref(student),None
             for m in self.matches:
                 self._hooks += FeatureHooks(student, m.student_layers, 'student'),FeatureHooks(teacher, m.teacher_layers, 'teacher')
             self._teacher.start(one_param(student).device)
@@ -172,22 +252,68 @@ class KnowledgeDistillationCallback(Callback):
         with self._undo_on_error():
             if not len(self.yb): raise ValueError('Expected labels: fastai takes no step on batches without. '
                                                   'Give any, zeros for example, and `task_weight=0` to learn from the teacher alone.')
+            if self.iter == 0: self._check_labels()
             kd_loss = self.kd_loss()
         task_loss,(w,tw) = self.loss_grad,self.weights
         self._parts = dict(task_loss=task_loss.detach(), kd_loss=kd_loss.detach())
         self.learn.loss_grad = tw*task_loss + w*kd_loss
         self.learn.loss = self.learn.loss_grad.clone()
+        if self._trained.params: self._trained.join(self.learn)
         self._forget()   # what backward needs is in the graph
 
     def kd_loss(self) -> Tensor: # Scalar
         "The distillation loss of this batch: the sum of the terms"
-        return sum(m(s.features or [get_logits(self.pred)], t.features or [self._answer], *self.yb)
-                   for m,s,t in zip(self.matches, self._hooks[::2], self._hooks[1::2]))
+        features = [(s.features or [get_logits(self.pred)], t.features or [self._answer]) for s,t in zip(self._hooks[::2], self._hooks[1::2])]
+        trained,targ = self._trained or self._build(features),self._targ()
+        loss = sum(m(*f, *targ, losses=l) for m,f,l in zip(self.matches, features, trained.losses))
+        self._trained = trained
+        return loss
+
+    def save(self,
+        file, # Path to write to
+    ):
+        "Save what the losses have trained, and the optimizer's state of it, for `load`"
+        if rank_distrib(): return
+        if not (self._trained and self._trained.params): raise ValueError('Nothing to save: no loss that trains has seen a batch')
+        torch.save(self._trained.state_dict(), file)
+
+    def load(self,
+        file, # Path that `save` has written
+    ):
+        "Go on with what was saved, from the first batch of the next fit on; raises `ValueError` for another file"
+        saved = torch.load(file, map_location='cpu', weights_only=True)
+        if not isinstance(saved, dict) or set(saved) != {'losses','states'}: raise ValueError(f'{file}: expected what `KnowledgeDistillationCallback.save` writes')
+        self._saved,self._trained = saved,None
+
+    def _build(self, features):
+        "Make what the losses train, or load it"
+        trained = _TrainedLosses(m.build(*f) for m,f in zip(self.matches, features))
+        if self._saved: trained.load_state_dict(self._saved)
+        self._saved = None
+        return trained
+
+    def _targ(self):
+        "The labels; where MixUp or CutMix blends the task's losses of two, their mixture as probabilities"
+        mix = next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and cb.stack_y), None)
+        if mix is None or not any(getattr(m.loss, 'needs_targ', False) for m in self.matches): return self.yb
+        n = get_logits(self.pred).shape[1]
+        def probs(y): return F.one_hot(y.as_subclass(Tensor).long(), n).movedim(-1, 1).float()
+        return [torch.lerp(a, b, mix.lam.view(-1, *[1]*(a.ndim-1))) for a,b in zip(map(probs, mix.yb1), map(probs, self.yb))]
+
+    def _check_labels(self):
+        "Raise where a loss takes each item to have one class and the labels are not of this kind"
+        y,pred = self.yb[0],get_logits(self.pred)
+        for m in self.matches:
+            if not (getattr(m.loss, 'single_label', False) and isinstance(y, Tensor) and y.is_floating_point()): continue
+            if y.shape == pred.shape and (y >= 0).all() and (y.sum(m.loss.axis) - 1).abs().max() < 0.01: continue
+            raise ValueError(f'{m} takes each item to have one class, but the labels {tuple(y.shape)} are values or, for each class, yes or no. '
+                             'For several labels for an item use `MultiLabelSoftTarget`, for values `TeacherBounded` or `Logits`.')
 
     def after_batch(self):
         "Record the parts of the loss and drop what belongs to this batch"
         for k,v in (self._parts or {}).items(): self._smooth[k].accumulate(SimpleNamespace(loss=v))
         self._parts,self._first_buffers = None,()
+        self._leave()
         self._forget()
 
     def after_train(self):
@@ -203,8 +329,13 @@ class KnowledgeDistillationCallback(Callback):
         for h in self._hooks: h.clear()
         self._answer = None
 
+    def _leave(self):
+        if self._trained is not None: self._trained.leave()
+
     def _undo(self):
         self.after_train()
+        self._leave()
+        if self._kept: (self._trained,self._saved),self._kept = self._kept,None   # lr_find trains a copy
         if self._teacher is not None: self._teacher.stop()
         if self._columns: self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self._columns)
         self._answer,self._parts,self._columns,self._first_buffers = None,None,(),()
