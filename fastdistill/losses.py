@@ -42,7 +42,7 @@ def _check_at_least(least, **options):
 
 def _shapes(student, teacher): return f'student {tuple(student.shape)} and teacher {tuple(teacher.shape)}'
 
-# %% ../nbs/00_losses.ipynb #1b5a7e91
+# %% ../nbs/00_losses.ipynb #c84e466b
 def _check_logits(student, teacher, axis=1, least=2):
     "Raise unless both are logits of the same batch over the same classes, at least `least` of them"
     if student.shape != teacher.shape or student.ndim < 2:
@@ -55,7 +55,9 @@ def _kl(student, teacher, axis=1):
     "Kullback-Leibler divergence from student to teacher, both log-probabilities, summed over `axis`"
     return F.kl_div(student, teacher, reduction='none', log_target=True).sum(axis)
 
-def _zscore(x, axis): return (x - x.mean(axis, keepdim=True)) / (x.std(axis, keepdim=True) + 1e-7)
+def _zscore(x, axis):
+    std = x.std(axis, keepdim=True)
+    return (x - x.mean(axis, keepdim=True)) / torch.where(std > 0, std + 1e-7, 1.)   # logits that are all equal stay 0, without a jump of the gradient
 
 # %% ../nbs/00_losses.ipynb #85bd1c34
 class SoftTarget(nn.Module):
@@ -208,10 +210,16 @@ class NormalizedKD(nn.Module):
 
     def extra_repr(self): return f'T={self.T}, gamma={self.gamma}'
 
-# %% ../nbs/00_losses.ipynb #c1d2f10c
+# %% ../nbs/00_losses.ipynb #d11df8a9
+def _standard(x, axis):
+    "Deviations from the mean, of norm 1; as they are where they are no more than rounding"
+    d = x - x.mean(axis, keepdim=True)
+    norm = d.norm(dim=axis, keepdim=True)
+    return d / torch.where(norm > 1e-6*x.norm(dim=axis, keepdim=True), norm, 1.)
+
 def _pearson_distance(a, b, axis):
-    "1 - Pearson's correlation of `a` and `b` along `axis`, averaged"
-    return 1 - F.cosine_similarity(*(x - x.mean(axis, keepdim=True) for x in (a,b)), dim=axis).mean()
+    "1 - Pearson's correlation of `a` and `b` along `axis`, averaged; 1 where one of them does not vary"
+    return 1 - (_standard(a, axis)*_standard(b, axis)).sum(axis).mean()
 
 def _check_batch(x, least=2):
     "Raise unless there are items to compare with each other"
@@ -296,7 +304,7 @@ class TeacherBounded(nn.Module):
 
     def extra_repr(self): return f'margin={self.margin}'
 
-# %% ../nbs/00_losses.ipynb #5eecc926
+# %% ../nbs/00_losses.ipynb #0262ebfb
 _kinds = {2:'vectors (batch, channels)', 3:'sequences (batch, tokens, channels)', 4:'feature maps (batch, channels, height, width)'}
 
 def _check_features(student, teacher, *kinds):
@@ -323,6 +331,10 @@ def _aligned(student, teacher, *kinds):
         raise ValueError(f'Expected the same number of channels, but got {_shapes(student, teacher)}. '
                          'A trainable projector can map them: `Match(loss, ..., projector=True)`.')
     return _same_positions(student, teacher)
+
+def _above_0(x):
+    "1 in the place of 0, to divide by without a jump of the gradient"
+    return torch.where(x > 0, x, 1.)
 
 def _check_positions(x):
     "Raise unless there are positions to compare with each other"
@@ -433,7 +445,7 @@ class FitNet(nn.Module):
 
     def __repr__(self): return 'FitNet()'
 
-# %% ../nbs/00_losses.ipynb #af2661a3
+# %% ../nbs/00_losses.ipynb #f914a1c4
 class Cosine(nn.Module):
     "1 - cosine similarity of the channels at each position ([Sanh 2019](https://arxiv.org/abs/1910.01108))"
     on_features = True
@@ -444,9 +456,10 @@ class Cosine(nn.Module):
     ) -> Tensor: # Scalar: averaged over batch and positions
         "Raises `ValueError` when kinds or channels differ"
         s,t = _aligned(fm_student, fm_teacher, 2, 3, 4)
-        return 1 - F.cosine_similarity(s, t, dim=_channel_axis(s)).mean()
+        axis = _channel_axis(s)
+        return 1 - ((s*t).sum(axis) / _above_0(s.norm(dim=axis)*t.norm(dim=axis))).mean()
 
-# %% ../nbs/00_losses.ipynb #16f1e822
+# %% ../nbs/00_losses.ipynb #74b28074
 class ActivationBoundaries(nn.Module):
     "Squared distance to the margin of neurons that are not as active as the teacher's, before the activation ([Heo 2019](https://arxiv.org/abs/1811.03233))"
     on_features = True
@@ -464,11 +477,12 @@ class ActivationBoundaries(nn.Module):
     ) -> Tensor: # Scalar: averaged over everything
         "Raises `ValueError` when kinds or channels differ"
         s,t = _aligned(fm_student, fm_teacher, 2, 3, 4)
-        return F.relu(self.margin + torch.where(t > 0, -s, s)).square().mean()
+        with torch.no_grad(): nearest = torch.where(t > 0, s.clamp(min=self.margin), s.clamp(max=-self.margin))
+        return F.mse_loss(s, nearest)
 
     def extra_repr(self): return f'margin={self.margin}'
 
-# %% ../nbs/00_losses.ipynb #62ebf2a6
+# %% ../nbs/00_losses.ipynb #12aa2ad4
 class VID(nn.Module):
     "Negative log-likelihood of the teacher's features, predicted from the student's by a trainable network ([Ahn 2019](https://arxiv.org/abs/1904.05835))"
     on_features = True
@@ -489,7 +503,7 @@ class VID(nn.Module):
         _check_features(fm_student, fm_teacher, 2, 3, 4)
         ni,no = map(_n_channels, (fm_student,fm_teacher))
         layer = partial(nn.Conv2d, kernel_size=1, bias=False) if fm_student.ndim == 4 else partial(nn.Linear, bias=False)
-        self.mean = nn.Sequential(layer(ni, no), nn.ReLU(), layer(no, no), nn.ReLU(), layer(no, no)).to(fm_student)
+        self.mean = nn.Sequential(layer(ni, no), nn.ReLU(inplace=True), layer(no, no), nn.ReLU(inplace=True), layer(no, no)).to(fm_student)
         self.scale = nn.Parameter(torch.full_like(fm_student.flatten()[:1], math.log(math.expm1(self.init_variance-self.eps))).repeat(no))
         return self
 
@@ -507,8 +521,8 @@ class VID(nn.Module):
         if self.mean is None: raise ValueError('Expected a loss with a network to predict the mean: `build(student, teacher)` makes one')
         _check_features(fm_student, fm_teacher, 2, 3, 4)
         s,t = _same_positions(fm_student, fm_teacher)
-        var = self.variance.view(-1, 1, 1) if t.ndim == 4 else self.variance
-        return ((self.mean(s) - t).square()/var + var.log()).mean() / 2
+        error = (self.mean(s) - t).square().transpose(_channel_axis(t), -1).flatten(0, -2).mean(0)
+        return (error/self.variance + self.variance.log()).mean() / 2
 
     def __repr__(self): return f'VID(init_variance={self.init_variance})'
 
@@ -536,11 +550,15 @@ class ChannelWise(nn.Module):
 
     def extra_repr(self): return f'T={self.T}'
 
-# %% ../nbs/00_losses.ipynb #bc62e631
+# %% ../nbs/00_losses.ipynb #da8c1610
 def _unit(x):
     "Rows of length 1; those of length 0 stay"
-    n = x.norm(dim=-1, keepdim=True)
-    return x / torch.where(n > 0, n, 1.)
+    return x / _above_0(x.norm(dim=-1, keepdim=True))
+
+def _gram(x):
+    "Inner products of all pairs of rows; as they are symmetric, one product of matrices will do for the gradient instead of two"
+    g = x @ x.detach().T
+    return g + (g.T - g.T.detach())
 
 def _vectors(student, teacher):
     "Features averaged over their positions, (B, C) and (B, C'); raise unless there are items to compare"
@@ -548,7 +566,7 @@ def _vectors(student, teacher):
     _check_batch(student)
     return (x if x.ndim == 2 else x.mean(1) if x.ndim == 3 else x.mean((2,3)) for x in (student,teacher))
 
-# %% ../nbs/00_losses.ipynb #1f027dae
+# %% ../nbs/00_losses.ipynb #7c8d73e9
 class Similarity(nn.Module):
     "Mean squared difference of the normalised inner products of all pairs of items ([Tung & Mori 2019](https://arxiv.org/abs/1907.09682))"
     on_features = True
@@ -560,9 +578,9 @@ class Similarity(nn.Module):
         "Raises `ValueError` when the kinds differ and for a batch of one item"
         _check_features(fm_student, fm_teacher, 2, 3, 4)
         _check_batch(fm_student)
-        return F.mse_loss(*(_unit(f @ f.T) for f in (fm_student.flatten(1),fm_teacher.flatten(1))))
+        return F.mse_loss(*(_unit(_gram(f.flatten(1))) for f in (fm_student,fm_teacher)))
 
-# %% ../nbs/00_losses.ipynb #070ea6e2
+# %% ../nbs/00_losses.ipynb #ea2ea565
 class RKD(nn.Module):
     "Smooth L1 loss of the distances between items, divided by their mean, and of the angles of three items ([Park 2019](https://arxiv.org/abs/1904.05068))"
     on_features = True
@@ -579,8 +597,7 @@ class RKD(nn.Module):
     ) -> Tensor: # (B, B), in units of the mean of those above 0
         "Euclidean distances between all pairs of vectors"
         d = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')
-        mean = d.sum() / (d > 0).sum().clamp(min=1)
-        return d / torch.where(mean > 0, mean, 1.)
+        return d / _above_0(d.sum() / (d > 0).sum().clamp(min=1))
 
     def angles(self,
         x:Tensor, # Vectors, (B, C)

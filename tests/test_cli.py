@@ -6,6 +6,7 @@ from fastai.basics import load_learner, set_seed
 from PIL import Image
 from torchvision import models
 from fastdistill import cli
+from fastdistill.losses import Projected
 
 @pytest.fixture
 def run(monkeypatch, capsys):
@@ -80,6 +81,19 @@ def test_images_teacher_from_a_file(run, images, tmp_path, style):
     assert list(pd.read_csv(tmp_path/'results.csv').model) == ['teacher','student, scratch','student, Attention']
     assert 'teacher:' not in out     # not trained again
 
+@pytest.mark.parametrize('name', ['DecoupledKD','ChannelWise'])
+def test_a_loss_by_its_name(images, name):
+    "On a teacher with other channels, whose head is fastai's"
+    layers = dict(student_layers=['features.3'], teacher_layers=['0.5']) if name=='ChannelWise' else {}
+    runs,learners,_ = cli.distill_images(images, 'resnet18', 'mobilenet_v3_small', from_scratch=True, loss=name, epochs=1, seeds=1, size=32, bs=8, **layers)
+    assert list(learners) == ['student, scratch',f'student, {name}'] and runs.accuracy.between(0, 1).all()
+
+def test_every_loss_has_its_name():
+    for name,loss in cli.image_losses.items():
+        match = cli.image_loss(name, student_layers='0', teacher_layers='0') if getattr(loss, 'on_features', True) else cli.image_loss(name)
+        assert loss.__name__ == name and isinstance(match.loss, Projected) == (name in ('Cosine','ActivationBoundaries','ChannelWise'))
+    assert cli.image_loss('DIST', 2).loss.T == 2 and cli.image_loss('DIST').loss.T == 4
+
 def test_random_split_is_the_same_every_time(images):
     a,b = (cli.image_dls(images/'train', 32, 4, valid_pct=0.25) for _ in range(2))
     assert list(a.valid_ds.items) == list(b.valid_ds.items) and len(a.valid_ds) == 5
@@ -117,6 +131,7 @@ def no_images(tmp_path):
     (['{ok}','--from_scratch','--loss','Attention','--student_layers','layer9','--teacher_layers','0.4'], "student ResNet has no layer 'layer9'.*layer1"),
     (['{ok}','--from_scratch','--loss','Attention','--student_layers','layer1','--teacher_layers','0.44'], "teacher Sequential has no layer '0.44'.*0.4"),
     (['{ok}','--from_scratch','--temperature','0'], 'T=0'),
+    (['{ok}','--from_scratch','--loss','HardTarget','--temperature','2'], 'HardTarget has no temperature'),
     (['{ok}','--from_scratch','--weight','2'], 'at most 1'),
     (['--teacher','resnet18','--loss','Logits'], 'loss, teacher: only for a folder of images'),
     (['--epochs','0'], 'epochs to be at least 1'),

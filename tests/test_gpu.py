@@ -43,3 +43,27 @@ def test_mixed_precision_gradients_are_close_to_float32(to):
         learn.fit(1, cbs=Grads())
         grads[prec] = seen[0]
     assert torch.cosine_similarity(grads[None], grads[to], dim=0) > 0.98
+
+@pytest.mark.parametrize('to', [None,'to_fp16','to_bf16'])
+def test_projectors_train_in_float32_beside_the_student(to):
+    kd = KnowledgeDistillationCallback(net(8), [Match(FitNet, '0', '0'), Match(VID, '1', '1'), Match(Similarity, '1', '1')])
+    learn,start = learner(cbs=kd),[]
+    if to: getattr(learn, to)()
+    class First(Callback):
+        order = 50
+        def before_backward(self): start.append([p.clone() for p in self.knowledge_distillation._trained.params])
+    learn.fit(3, 1e-2, cbs=First())
+    for before,p in zip(start[0], kd._trained.params, strict=True):
+        assert p.dtype == torch.float32 and p.is_cuda and p.isfinite().all() and not torch.equal(before, p)
+
+def test_a_step_that_overflows_skips_the_projectors():
+    class Overflow(Callback):
+        order = 9     # gradients of the first batch become infinite before the scaler looks at them
+        def before_step(self):
+            if self.train_iter == 0: next(self.model.parameters()).grad.fill_(float('inf'))
+    kd,seen = KnowledgeDistillationCallback(net(8), FitNet, '0', '0'),[]
+    class Seen(Callback):
+        order = 50
+        def before_backward(self): seen.append([p.clone() for p in self.knowledge_distillation._trained.params])
+    learner(cbs=kd).to_fp16(init_scale=1024.).fit(1, 1e-2, cbs=[Overflow(),Seen()])
+    assert all(torch.equal(a, b) for a,b in zip(seen[0], seen[1])) and not all(torch.equal(a, b) for a,b in zip(seen[1], seen[2]))

@@ -1,5 +1,5 @@
 "What holds the repository together: metadata, README, pages and their links, imports."
-import json, re, runpy, subprocess, sys
+import json, posixpath, re, runpy, subprocess, sys
 from configparser import ConfigParser
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -68,7 +68,7 @@ def processed():
     code = 'from nbdev.serve import proc_nbs; print("cache:", proc_nbs(n_workers=0, force=True))'
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=root, capture_output=True, text=True, check=True).stdout
     cache = Path(re.search('cache: (.*)', out)[1])
-    return {p.stem:[c for c in json.loads((cache/p.relative_to(root/'nbs')).read_text())['cells']] for p in pages}
+    return {n.with_suffix('').as_posix():json.loads((cache/n).read_text())['cells'] for n in (p.relative_to(root/'nbs') for p in pages)}
 
 def prose(cells): return '\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='markdown')
 
@@ -78,7 +78,7 @@ def test_links_of_the_processed_pages(processed, cfg):
     names = {s.split('.')[-1] for mod in d['syms'].values() for s in mod if s.count('.')==2 and not s.split('.')[-1].startswith('_')}
     site = cfg['doc_host'] + cfg['doc_baseurl'] + '/'
     # nbdev drops the number of a page from its address
-    address = {re.sub(r'^\d+_', '', k)+'.html':prose(v) for k,v in processed.items()}
+    address = {re.sub(r'(^|/)\d+_', r'\1', k)+'.html':prose(v) for k,v in processed.items()}
     n_links = 0
     for page,cells in processed.items():
         text = re.sub(r'```.*?```', '', prose(cells), flags=re.S)
@@ -88,6 +88,7 @@ def test_links_of_the_processed_pages(processed, cfg):
             target,_,anchor = url.removeprefix(site).partition('#')
             if url.startswith('http') and not url.startswith(site.rstrip('/')): continue
             if target.rstrip('/') == site.rstrip('/'): continue
+            if not url.startswith(site): target = posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
             n_links += 1
             assert target in address, f'{page}: {url} has no page'
             assert not anchor or anchor in address[target].lower().replace(' ', '-'), f'{page}: {url} has no heading'

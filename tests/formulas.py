@@ -1,0 +1,134 @@
+"The formulas of the papers once more, in NumPy and plain loops: what the losses are tested against."
+import numpy as np
+from scipy.special import rel_entr
+
+# B batch, C classes or channels, s student, t teacher, T temperature
+
+def softmax(x, T=1):
+    e = np.exp((np.asarray(x)-np.max(x))/T)
+    return e/e.sum()
+
+def kl(p, q): return rel_entr(p, q).sum()
+
+def without(x, c): return np.array([v for i,v in enumerate(x) if i != c])
+
+# --- on predictions ---
+
+def soft_target(s, t, T): return np.mean([T**2 * kl(softmax(b, T), softmax(a, T)) for a,b in zip(s, t)])
+
+def zscore(x): return np.array([(r-r.mean())/(r.std(ddof=1)+1e-7) for r in x])
+
+def soft_target_standardized(s, t, T): return soft_target(zscore(s), zscore(t), T)
+
+def logits(s, t): return np.mean([(a-b)**2 for a,b in zip(s.ravel(), t.ravel())])
+
+def hard_target(s, t): return np.mean([-np.log(softmax(a)[b.argmax()]) for a,b in zip(s, t)])
+
+def _decoupled(a, b, c, T, alpha, beta):
+    p,q = softmax(b, T)[c],softmax(a, T)[c]
+    rest_p,rest_q = without(softmax(b, T), c).sum(),without(softmax(a, T), c).sum()     # 1-p loses its digits near p = 1
+    return T**2 * (alpha*kl([p,rest_p], [q,rest_q]) + beta*kl(softmax(without(b, c), T), softmax(without(a, c), T)))
+
+def decoupled_kd(s, t, y, T, alpha, beta): return np.mean([_decoupled(a, b, c, T, alpha, beta) for a,b,c in zip(s, t, y)])
+
+def _normalized(a, b, c, T, gamma):
+    return -softmax(b)[c]*np.log(softmax(a)[c]) - gamma * T**2 * (softmax(without(b, c), T)*np.log(softmax(without(a, c), T))).sum()
+
+def normalized_kd(s, t, y, T, gamma): return np.mean([_normalized(a, b, c, T, gamma) for a,b,c in zip(s, t, y)])
+
+def of_probabilities(item_loss, s, t, y, *args):
+    "The mean over labels: what a loss of a single item is under probabilities `y` of its labels"
+    return np.mean([sum(w*item_loss(a, b, c, *args) for c,w in enumerate(p)) for a,b,p in zip(s, t, y)])
+
+def pearson(a, b):
+    a,b = a-a.mean(),b-b.mean()
+    return (a*b).sum()/np.sqrt((a*a).sum()*(b*b).sum())
+
+def dist(s, t, T, beta, gamma):
+    p,q = (np.array([softmax(r, T) for r in x]) for x in (s,t))
+    rows,columns = ([1-pearson(a, b) for a,b in zip(*o)] for o in ((p,q), (p.T,q.T)))
+    return T**2 * (beta*np.mean(rows) + gamma*np.mean(columns))
+
+def multi_label(s, t, T):
+    "Summed over the labels, averaged over the batch"
+    def yes_no(v): return softmax([v,0.], T)
+    return T**2 * np.mean([sum(kl(yes_no(b), yes_no(a)) for a,b in zip(*o)) for o in zip(s, t)])
+
+def teacher_bounded(s, t, y, margin):
+    errors = [(((a-c)**2).sum(),((b-c)**2).sum()) for a,b,c in zip(s, t, y)]
+    return np.mean([e_s if e_s+margin > e_t else 0. for e_s,e_t in errors])
+
+# --- on features: maps (B, C, H, W), sequences (B, N, C), vectors (B, C) ---
+
+def pool(fm, h, w):
+    "Adaptive average pooling"
+    H,W = fm.shape[2:]
+    def cells(n, m): return [slice(i*n//m, -(-(i+1)*n//m)) for i in range(m)]
+    return np.array([[[[c[r,k].mean() for k in cells(W, w)] for r in cells(H, h)] for c in item] for item in fm])
+
+def same_size(s, t):
+    if s.ndim != 4: return s,t
+    h,w = (min(a, b) for a,b in zip(s.shape[2:], t.shape[2:]))
+    return pool(s, h, w),pool(t, h, w)
+
+def positions(x):
+    "(B, positions, C)"
+    if x.ndim == 2: return x[:,None]
+    return x if x.ndim == 3 else np.moveaxis(x.reshape(*x.shape[:2], -1), 1, 2)
+
+def attention(s, t, p):
+    a,b = same_size(*((np.abs(x)**p).mean(1, keepdims=True) for x in (s,t)))
+    def unit(m): return m.ravel()/max(np.sqrt((m**2).sum()), 1e-12)
+    return np.mean([(unit(m)-unit(n))**2 for m,n in zip(a, b)])
+
+def fitnet(s, t): return logits(*same_size(s, t))
+
+def cosine(s, t):
+    s,t = map(positions, same_size(s, t))
+    def cos(a, b): return a@b/np.sqrt((a@a)*(b@b)) if (a@a)*(b@b) > 0 else 0.
+    return np.mean([1-cos(a, b) for i,j in zip(s, t) for a,b in zip(i, j)])
+
+def activation_boundaries(s, t, m):
+    def of(a, b): return (a+m)**2 if a > -m and b <= 0 else (a-m)**2 if a <= m and b > 0 else 0.
+    s,t = same_size(s, t)
+    return np.mean([of(a, b) for a,b in zip(s.ravel(), t.ravel())])
+
+def vid(mean, variance, t):
+    mean,t = positions(mean),positions(t)
+    return np.mean([((mean[...,c]-t[...,c])**2/v + np.log(v))/2 for c,v in enumerate(variance)])
+
+def channel_wise(s, t, T):
+    s,t = map(positions, same_size(s, t))
+    return T**2 * np.mean([kl(softmax(j[:,c], T), softmax(i[:,c], T)) for i,j in zip(s, t) for c in range(s.shape[2])])
+
+# --- on relations within the batch ---
+
+def similarity(s, t):
+    def table(x):
+        g = np.array([[(a*b).sum() for b in x] for a in x])
+        return np.array([r/np.sqrt((r**2).sum()) if r.any() else r for r in g])
+    return ((table(s)-table(t))**2).sum()/len(s)**2
+
+def smooth_l1(d): return d**2/2 if abs(d) < 1 else abs(d)-0.5
+
+def rkd_distance(s, t):
+    def table(x):
+        x = positions(x).mean(1)
+        d = np.array([[np.sqrt(((a-b)**2).sum()) for b in x] for a in x])
+        return d/d[d>0].mean()
+    return np.mean([smooth_l1(d) for d in (table(s)-table(t)).ravel()])
+
+def rkd_angle(s, t):
+    def cos(x, i, j, k):
+        a,b = x[i]-x[j],x[i]-x[k]
+        return a@b/np.sqrt((a@a)*(b@b)) if i not in (j,k) else 0.
+    s,t = (positions(x).mean(1) for x in (s,t))
+    n = range(len(s))
+    return np.mean([smooth_l1(cos(s, i, j, k)-cos(t, i, j, k)) for i in n for j in n for k in n])
+
+def pkt(s, t, e=1e-7):
+    def table(x):
+        x = positions(x).mean(1)
+        k = np.array([[(a@b/np.sqrt((a@a)*(b@b))+1)/2 for b in x] for a in x])
+        return np.array([r/r.sum() for r in k])
+    return np.mean([p*np.log((p+e)/(q+e)) for p,q in zip(table(t).ravel(), table(s).ravel())])
