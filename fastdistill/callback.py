@@ -55,7 +55,7 @@ def _as_loss(loss):
                                       'compares them with the labels as well is called as loss(student, teacher, targ) and says so with `needs_targ = True`.') from None
     return loss
 
-# %% ../nbs/03_callback.ipynb #7202e628
+# %% ../nbs/03_callback.ipynb #f85b027e
 class Match:
     "One term of the distillation loss: `weight` times `loss`, on the predictions or, where layers are named, summed over their pairs"
     def __init__(self,
@@ -87,7 +87,7 @@ class Match:
         teacher:list, # What the teacher computed, likewise
     ) -> nn.ModuleList: # A loss for each pair; empty where the loss has nothing to train
         "Copies of a loss that has parameters, or makes them with a method `build(student, teacher)`"
-        if not (isinstance(self.loss, nn.Module) and (hasattr(self.loss, 'build') or list(self.loss.parameters()))): return nn.ModuleList()
+        if not (isinstance(self.loss, nn.Module) and (hasattr(self.loss, 'build') or any(p.requires_grad for p in self.loss.parameters()))): return nn.ModuleList()
         return nn.ModuleList(self._build(*o) for o in zip(self._pairs, student, teacher))
 
     def _build(self, of, s, t):
@@ -125,7 +125,7 @@ class Match:
         except Exception as e:
             raise modify_exception(e, f'{self} cannot compare {of}, student {tuple(s.shape)} and teacher {tuple(t.shape)}: {e}', replace=True)
 
-# %% ../nbs/03_callback.ipynb #30199516
+# %% ../nbs/03_callback.ipynb #09a247c0
 class _TrainedLosses:
     "The losses that train with the student, a list for each `Match`, and the optimizer's state of their parameters"
     states = slow = opt = joined = None
@@ -135,6 +135,7 @@ class _TrainedLosses:
 
     def join(self, learn):
         "Put the parameters into the optimizer's last group, and into `learn.parameters()`, which `GradientClip` asks for"
+        if self.joined or not self.params: return
         opt,model = learn.opt,learn.model
         if self.states is None or self.opt and self.opt() is not opt: self.states,self.slow = self._new_states(learn),None
         self.opt,self.joined = weakref.ref(opt),(learn,opt)
@@ -166,7 +167,7 @@ class _TrainedLosses:
         self.states = [{k:v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k,v in st.items()}
                        for p,st in zip(self.params, saved['states'] or [])] or None
 
-# %% ../nbs/03_callback.ipynb #cf417d24
+# %% ../nbs/03_callback.ipynb #a1f74750
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
@@ -258,7 +259,6 @@ class KnowledgeDistillationCallback(Callback):
         self._parts = dict(task_loss=task_loss.detach(), kd_loss=kd_loss.detach())
         self.learn.loss_grad = tw*task_loss + w*kd_loss
         self.learn.loss = self.learn.loss_grad.clone()
-        if self._trained.params: self._trained.join(self.learn)
         self._forget()   # what backward needs is in the graph
 
     def kd_loss(self) -> Tensor: # Scalar
@@ -294,7 +294,7 @@ class KnowledgeDistillationCallback(Callback):
 
     def _targ(self):
         "The labels; where MixUp or CutMix blends the task's losses of two, their mixture as probabilities"
-        mix = next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and cb.stack_y), None)
+        mix = next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False)), None)
         if mix is None or not any(getattr(m.loss, 'needs_targ', False) for m in self.matches): return self.yb
         n = get_logits(self.pred).shape[1]
         def probs(y): return F.one_hot(y.as_subclass(Tensor).long(), n).movedim(-1, 1).float()
@@ -305,9 +305,17 @@ class KnowledgeDistillationCallback(Callback):
         y,pred = self.yb[0],get_logits(self.pred)
         for m in self.matches:
             if not (getattr(m.loss, 'single_label', False) and isinstance(y, Tensor) and y.is_floating_point()): continue
-            if y.shape == pred.shape and (y >= 0).all() and (y.sum(m.loss.axis) - 1).abs().max() < 0.01: continue
+            if y.shape == pred.shape and (y >= 0).all() and (y.sum(getattr(m.loss, 'axis', 1)) - 1).abs().max() < 0.01: continue
             raise ValueError(f'{m} takes each item to have one class, but the labels {tuple(y.shape)} are values or, for each class, yes or no. '
                              'For several labels for an item use `MultiLabelSoftTarget`, for values `TeacherBounded` or `Logits`.')
+
+    def before_step(self):
+        "Let what the losses train take the step with the student"
+        self._trained.join(self.learn)
+
+    def after_cancel_step(self):
+        "A step that is skipped has its gradients dropped all the same"
+        self.before_step()
 
     def after_batch(self):
         "Record the parts of the loss and drop what belongs to this batch"

@@ -73,6 +73,11 @@ def test_soft_targets_of_single_labels_are_no_mistake(teacher):
     assert seen(teacher, SoftTarget, soft_data(), loss_func=nn.CrossEntropyLoss())
     assert seen(teacher, SoftTarget, soft_data(), loss_func=BCEWithLogitsLossFlat())
 
+def test_a_loss_of_ones_own_may_take_single_labels(teacher):
+    def loss(s, t): return F.mse_loss(s, t)
+    loss.single_label = True
+    assert seen(teacher, loss, soft_data(), loss_func=nn.CrossEntropyLoss())
+
 def test_a_loss_of_ones_own_gets_the_mixture(teacher):
     got = []
     def loss(s, t, y): got.append(y); return F.cross_entropy(s, y)

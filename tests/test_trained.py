@@ -82,6 +82,15 @@ def test_a_loss_of_ones_own_with_parameters(teacher):
     assert torch.equal(mine.scale, torch.ones(3)) and not torch.equal(trained[0][0].scale, mine.scale)
     assert trained[1][0].projector[0].weight.shape == (16,4,1,1)
 
+def test_a_frozen_network_in_a_loss_is_not_copied(teacher):
+    frozen = nn.Linear(3, 3).requires_grad_(False)
+    class Perceptual(nn.Module):
+        def __init__(self): super().__init__(); self.net = frozen
+        def forward(self, s, t): return F.mse_loss(self.net(s), self.net(t))
+    kd = KD(teacher, Perceptual)
+    learner(cbs=kd).fit(1)
+    assert kd.matches[0].loss.net is frozen and not kd._trained.params
+
 @pytest.mark.parametrize('opt_func', [Adam, SGD, ranger, partial(OptimWrapper, opt=torch.optim.AdamW), partial(OptimWrapper, opt=torch.optim.SGD)])
 def test_optimizer_is_the_students_between_batches(teacher, opt_func, tmp_path):
     "With every optimizer: in the last group while the step is taken, in nothing that is saved"
@@ -121,14 +130,15 @@ def test_last_group_of_discriminative_rates(teacher):
     assert seen[0] == seen[-1] == [4,6+6] and [len(g) for g in learn.opt.param_lists] == [4,6]
     assert learn.opt.frozen_idx == 0
 
-def test_a_skipped_step_skips_the_projectors(teacher):
-    class Skip(Callback):
-        order = 9
-        def before_step(self): raise CancelStepException()
-    seen,kd = Seen(),fitnet(teacher)
+@pytest.mark.parametrize('order', [1,9])
+def test_a_skipped_step_skips_the_projectors(teacher, order):
+    "Whether the step is cancelled before or after the callback's turn: nothing moves, and no gradient is left for the next step"
+    def skip(self): raise CancelStepException()
+    cb,seen,kd = Callback(before_step=skip),Seen(),fitnet(teacher)
+    cb.order = order
     learn = learner(cbs=[kd,seen])
-    learn.fit(1, 1e-1, cbs=Skip())
-    assert all(torch.equal(a, b) for a,b in zip(kd._trained.losses.parameters(), seen.start[1].parameters()))
+    learn.fit(1, 1e-1, cbs=cb)
+    for a,b in zip(kd._trained.losses.parameters(), seen.start[1].parameters()): assert torch.equal(a, b) and not a.grad.any()
 
 @pytest.mark.parametrize('opt_func', [Adam, partial(OptimWrapper, opt=torch.optim.Adam)])
 def test_resumed_equals_uninterrupted(teacher, opt_func, tmp_path):
@@ -202,8 +212,9 @@ def test_interrupted(teacher, ex, event):
     learn = learner(cbs=fitnet(teacher))
     n = len(list(learn.model.parameters()))
     with pytest.raises(type(ex) if isinstance(ex, Exception) else ex): learn.fit(1, cbs=Callback(**{event: raise_}))
+    assert len(params(learn)) == len(list(learn.parameters())) == (n if event == 'after_backward' else n+6)     # in the optimizer for the step alone
     learn.validate()
-    assert len(params(learn)) == n == len(list(learn.parameters())) and n_hooks(learn.model, teacher) == 0
+    assert len(params(learn)) == len(list(learn.parameters())) == n and n_hooks(learn.model, teacher) == 0
     learn.fit(1)
     assert len(params(learn)) == n
 
