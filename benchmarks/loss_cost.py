@@ -7,13 +7,15 @@ The teacher's features have the student's channels, as ResNet34's have; rows wit
 Each round times one pass of every row, in rotating order; a ratio is taken within its round. Peak memory of a row is what it adds to the resident memory
 of a fresh process that holds the features (on a GPU: the peak of allocated memory), as a ratio to what the student's own passes add to theirs.
 """
-import argparse, re, subprocess, sys, time
+import argparse, subprocess, sys
+from copy import deepcopy
 from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torchvision import models
 from fastdistill.losses import *
+from timing import machine, peak_mb, time_rounds
 
 def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -43,58 +45,36 @@ def passes(args):
             sum(loss(s, t, *targ) for loss,(s,t) in zip(losses, pairs)).backward()
         return one
     def logits(loss): return lambda: of([loss], [(randn(args.batch, args.classes).requires_grad_(),randn(args.batch, args.classes))], *[y]*getattr(loss, 'needs_targ', False))
-    def stages(make, times=1):
+    def stages(loss, times=1):
         def new():
             sizes = [(64*2**i, -(-args.size//(4*2**i))) for i in range(4)]
-            return of([make() for _ in sizes], [(randn(args.batch, c, n, n).relu_().requires_grad_(),randn(args.batch, c*times, n, n).relu_()) for c,n in sizes])
+            return of([deepcopy(loss) for _ in sizes], [(randn(args.batch, c, n, n).relu_().requires_grad_(),randn(args.batch, c*times, n, n).relu_()) for c,n in sizes])
         return new
-    def again(loss): return lambda: Projected(ChannelWise()) if isinstance(loss, Projected) else type(loss)(**({'angle':0} if repr(loss)==repr(RKD(angle=0)) else {}))
-    return {'student': student, **{repr(l):logits(l) for l in on_logits}, **{repr(l):stages(again(l)) for l in on_stages},
-            **{f'{l!r}, 4 × the channels':stages(again(l), 4) for l in projected}}
-
-def sync(args):
-    if args.device != 'cpu': torch.cuda.synchronize()
-
-def time_rounds(args):
-    "Seconds of each row in each round"
-    fs = {name:new() for name,new in passes(args).items()}
-    names,rounds = list(fs),[]
-    for r in range(args.rounds+3):
-        times = {}
-        for name in names[r%len(names):] + names[:r%len(names)]:
-            sync(args); start = time.perf_counter()
-            fs[name]()
-            sync(args); times[name] = time.perf_counter()-start
-        rounds.append(times)
-    return pd.DataFrame(rounds[3:], columns=names)     # the first three warm up
+    return {'student': student, **{repr(l):logits(l) for l in on_logits}, **{repr(l):stages(l) for l in on_stages},
+            **{f'{l!r}, 4 × the channels':stages(l, 4) for l in projected}}
 
 def peak_memory(args):
     "Megabytes that row `args.memory_of` adds at its peak, beside its model or features"
-    if args.device == 'cpu':
-        def peak(): return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])/1024
-        def reset(): Path('/proc/self/clear_refs').write_text('5')
-        torch.nn.Conv2d(3, 3, 3)(torch.randn(1, 3, 8, 8)).sum().backward()     # the libraries themselves
-    else:
-        def peak(): return torch.cuda.max_memory_allocated()/2**20
-        reset = torch.cuda.reset_peak_memory_stats
+    if args.device == 'cpu': torch.nn.Conv2d(3, 3, 3)(torch.randn(1, 3, 8, 8)).sum().backward()     # the libraries themselves
     f = passes(args)[args.memory_of]()
-    reset(); before = peak()
+    if args.device == 'cpu': Path('/proc/self/clear_refs').write_text('5')     # Linux: the peak starts anew
+    else: torch.cuda.reset_peak_memory_stats()
+    before = peak_mb(args.device)
     for _ in range(3): f()
-    return peak() - before
+    return peak_mb(args.device) - before
 
 def main():
     args = parse()
     if args.memory_of: return print(f'MB {peak_memory(args)}')
     torch.manual_seed(0)
-    times = time_rounds(args)
+    times = time_rounds({name:new() for name,new in passes(args).items()}, args.rounds, args.device)
     ratio = times.div(times['student'], axis=0)
     table = pd.DataFrame({'ms': 1e3*times.median(), '% of student': 100*ratio.median(), 'min': 100*ratio.min(), 'max': 100*ratio.max()})
     for name in times:
         out = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--memory_of', name], capture_output=True, text=True, check=True)
         table.loc[name,'peak MB'] = float(out.stdout.split('MB ')[-1])
     table['% of peak'] = 100*table['peak MB']/table['peak MB'].iloc[0]
-    where = torch.cuda.get_device_name() if args.device != 'cpu' else f'CPU, {torch.get_num_threads()} threads'
-    print(f'ResNet18, {args.size} px, batch {args.batch}, {args.classes} classes, fp32, {where}, torch {torch.__version__}; '
+    print(f'ResNet18, {args.size} px, batch {args.batch}, {args.classes} classes, fp32, {machine(args.device)}; '
           f'medians of {args.rounds} rounds, min and max of the ratio over rounds')
     table.round(2).to_csv(Path(__file__).with_suffix('.csv'), index_label='loss')
     print(table.to_string(float_format='{:.2f}'.format))

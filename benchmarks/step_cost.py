@@ -7,15 +7,15 @@
 Each round times one batch of every row, in rotating order, inside fastai's own training loop; a ratio is taken within its round.
 Peak memory of a row is what it adds to the resident memory of a fresh process (on Linux; on a GPU: the peak of allocated memory).
 """
-import argparse, re, subprocess, sys, time
+import argparse, subprocess, sys
 from functools import partial
-from pathlib import Path
 import pandas as pd
 import torch
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
 from fastai.callback.all import *
 from torchvision import models
 from fastdistill.all import Attention, KnowledgeDistillationCallback, SoftTarget
+from timing import machine, peak_mb, time_rounds
 
 layers = [f'layer{i}' for i in range(1,5)]
 
@@ -79,39 +79,19 @@ def steps(args, batch, only=None):
     new['teacher forward alone'] = lambda: forward_step(args, batch)
     return {name:f() for name,f in new.items() if only in (None,name)}
 
-def sync(args):
-    if args.device != 'cpu': torch.cuda.synchronize()
-
-def time_rounds(args):
-    "Seconds of each row in each round"
-    fs = steps(args, make_batch(args))
-    names,rounds = list(fs),[]
-    for r in range(args.rounds+3):
-        times = {}
-        for name in names[r%len(names):] + names[:r%len(names)]:
-            sync(args); start = time.perf_counter()
-            fs[name]()
-            sync(args); times[name] = time.perf_counter()-start
-        rounds.append(times)
-    return pd.DataFrame(rounds[3:], columns=names)     # the first three warm up
-
 def peak_memory(args):
     "Megabytes that row `args.memory_of` adds at its peak, in this process"
     batch = make_batch(args)
-    if args.device == 'cpu':
-        def peak(): return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])/1024
-        torch.nn.Conv2d(3, 3, 3)(batch[0][:1]).sum().backward()     # the libraries themselves
-    else:
-        def peak(): return torch.cuda.max_memory_allocated()/2**20
-    before = peak()
+    if args.device == 'cpu': torch.nn.Conv2d(3, 3, 3)(batch[0][:1]).sum().backward()     # the libraries themselves
+    before = peak_mb(args.device)
     for f in steps(args, batch, only=args.memory_of).values():
         for _ in range(4): f()
-    return peak() - before
+    return peak_mb(args.device) - before
 
 def main():
     args = parse()
     if args.memory_of: return print(f'MB {peak_memory(args)}')
-    times = time_rounds(args)
+    times = time_rounds(steps(args, make_batch(args)), args.rounds, args.device)
     floor = times['student alone'] + times['teacher forward alone']
     ratio = times.div(floor, axis=0)
     table = pd.DataFrame({'ms': 1e3*times.median(), 'ratio to floor': ratio.median(), 'min': ratio.min(), 'max': ratio.max()})
@@ -119,8 +99,7 @@ def main():
         out = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--memory_of', name], capture_output=True, text=True, check=True)
         table.loc[name,'peak MB'] = float(out.stdout.split('MB ')[-1])
     table['ratio to peak of alone + alone'] = table['peak MB'] / table['peak MB'][['student alone','teacher forward alone']].sum()
-    where = torch.cuda.get_device_name() if args.device != 'cpu' else f'CPU, {torch.get_num_threads()} threads'
-    print(f'{args.teacher} -> {args.student}, {args.size} px, batch {args.batch}, {args.precision}, {where}, torch {torch.__version__}; '
+    print(f'{args.teacher} -> {args.student}, {args.size} px, batch {args.batch}, {args.precision}, {machine(args.device)}; '
           f'medians of {args.rounds} rounds, min and max of the ratio over rounds')
     print(table.to_string(float_format='{:.3f}'.format))
 

@@ -445,7 +445,7 @@ class FitNet(nn.Module):
 
     def __repr__(self): return 'FitNet()'
 
-# %% ../nbs/00_losses.ipynb #f914a1c4
+# %% ../nbs/00_losses.ipynb #be0daba9
 class Cosine(nn.Module):
     "1 - cosine similarity of the channels at each position ([Sanh 2019](https://arxiv.org/abs/1910.01108))"
     on_features = True
@@ -457,7 +457,8 @@ class Cosine(nn.Module):
         "Raises `ValueError` when kinds or channels differ"
         s,t = _aligned(fm_student, fm_teacher, 2, 3, 4)
         axis = _channel_axis(s)
-        return 1 - ((s*t).sum(axis) / _above_0(s.norm(dim=axis)*t.norm(dim=axis))).mean()
+        by_s,by_t = (_above_0(x.square().sum(axis)).rsqrt() for x in (s,t))     # 1 / length
+        return 1 - ((s*t).sum(axis) * by_s * by_t).mean()
 
 # %% ../nbs/00_losses.ipynb #74b28074
 class ActivationBoundaries(nn.Module):

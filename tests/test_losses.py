@@ -173,7 +173,7 @@ def test_always_finite_and_close_to_float64(loss, seed, power, dtype):
     with torch.autocast('cpu', dtype=torch.bfloat16): val = loss(s, t, *labels(loss, torch.arange(3)%5))
     assert val.isfinite() and val.dtype == torch.float32
     assert torch.autograd.grad(val, s)[0].isfinite().all()
-    if not isinstance(loss, (VID,Projected)) and not (isinstance(loss, DIST) and power > 1):     # correlations of saturated probabilities are rounding
+    if not isinstance(loss, (VID,Projected)) and not (isinstance(loss, DIST) and abs(power) > 1):     # correlations of probabilities that are all but equal, or 0 and 1, are rounding
         want = loss(s.double(), t.double(), *labels(loss, torch.arange(3)%5)).item()
         assert val.item() == pytest.approx(want, rel=1e-3, abs=1e-4*(1+getattr(loss, 'T', 1)**2))
 

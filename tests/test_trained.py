@@ -236,3 +236,10 @@ def test_bad_input(teacher, make, ex, msg):
     before = state(learn.model)
     with pytest.raises(ex, match=f'(?s){msg}'): learn.fit(1, cbs=make(teacher))
     assert same_state(learn.model, before) and n_hooks(learn.model, teacher) == 0
+
+def test_projectors_are_float32_whatever_the_features():
+    m = Match(FitNet, 'a', 'b')
+    s,t = torch.randn(2, 3, 4, 4).half(),torch.randn(2, 5, 4, 4).half()
+    losses = m.build([s], [t])
+    assert {p.dtype for p in losses.parameters()} == {torch.float32}
+    with torch.autocast('cpu', dtype=torch.bfloat16): assert m([s], [t], losses=losses).dtype == torch.float32
