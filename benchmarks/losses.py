@@ -24,7 +24,7 @@ grid = {**share(SoftTarget(T=4), .5, .9), **share(SoftTarget(T=10), .5, .9), **a
         **features(Similarity(), stages[2:], 30., 3000.), **features(RKD(), stages[2:], .1, 1.), **features(PKT(), stages[2:], 300., 30000.)}
 seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
 def named(loss, weight): return f'{loss!r}, weight {weight:g}'
-runs,_,teacher = distill_digits(60, seeds, 200, split=1, methods={'scratch':{}, **{named(*k):kw for k,kw in grid.items()}})
+runs,*_ = distill_digits(60, seeds, 200, split=1, methods={'scratch':{}, **{named(*k):kw for k,kw in grid.items()}})
 last = runs[runs.epoch==60].groupby('method', sort=False).accuracy.agg(['mean','std'])
 last.index = last.index.str.removeprefix('student, ')
 rows = [('scratch', None, *last.loc['scratch'])] + [(repr(loss), w, *last.loc[named(loss, w)]) for loss,w in grid]
