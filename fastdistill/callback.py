@@ -5,28 +5,32 @@
 # %% auto #0
 __all__ = ['Match', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/03_callback.ipynb #5b87c206
+# %% ../nbs/03_callback.ipynb #9c575251
 import inspect, math, weakref
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from itertools import chain
 from numbers import Real
+from pathlib import Path
 from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
+from fastai.callback.rnn import ModelResetter
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss, ValueMetric
 from fastai.torch_core import one_param, rank_distrib
 from fastcore.basics import listify
 from fastcore.xtras import modify_exception
-from torch import nn, Tensor
+from torch import distributed, nn, Tensor
 from torch.nn.modules.loss import _Loss
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from .layers import FeatureHooks, get_layer, unwrap_model
 from .losses import Projected, SoftTarget, full_precision
-from .teacher import Teacher, get_logits
+from .teacher import Ensemble, Teacher, as_teacher, get_logits
 
 # %% ../nbs/03_callback.ipynb #19093dc7
 def _check_weight(
@@ -125,13 +129,26 @@ class Match:
         except Exception as e:
             raise modify_exception(e, f'{self} cannot compare {of}, student {tuple(s.shape)} and teacher {tuple(t.shape)}: {e}', replace=True)
 
-# %% ../nbs/03_callback.ipynb #09a247c0
+# %% ../nbs/03_callback.ipynb #a08d1b94
 class _TrainedLosses:
     "The losses that train with the student, a list for each `Match`, and the optimizer's state of their parameters"
     states = slow = opt = joined = None
     def __init__(self, losses):
-        self.losses = nn.ModuleList(losses)
-        self.params = [p for p in self.losses.parameters() if p.requires_grad]
+        self.losses = losses
+        self.params = [p for p in losses.parameters() if p.requires_grad]
+
+    def share(self, group):
+        "Start in all processes as the first has it"
+        for t in self.losses.state_dict().values(): distributed.broadcast(t, 0, group=group)
+
+    def average_gradients(self, group):
+        "What `DistributedDataParallel` does with the student's gradients"
+        if self.joined or not self.params: return
+        for p in self.params: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        grads = [p.grad for p in self.params]
+        mean = parameters_to_vector(grads)/distributed.get_world_size(group)
+        distributed.all_reduce(mean, group=group)
+        vector_to_parameters(mean, grads)
 
     def join(self, learn):
         "Put the parameters into the optimizer's last group, and into `learn.parameters()`, which `GradientClip` asks for"
@@ -167,7 +184,7 @@ class _TrainedLosses:
         self.states = [{k:v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k,v in st.items()}
                        for p,st in zip(self.params, saved['states'] or [])] or None
 
-# %% ../nbs/03_callback.ipynb #a1f74750
+# %% ../nbs/03_callback.ipynb #1630d16e
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
@@ -175,7 +192,7 @@ class KnowledgeDistillationCallback(Callback):
     _learn = _teacher = _answer = _parts = _smooth = _student = _trained = _saved = _kept = None
     _hooks = _columns = _first_buffers = ()
     def __init__(self,
-        teacher, # Trained model: an `nn.Module`, or a `Learner`; it is left as it was found
+        teacher, # Trained model: an `nn.Module`, a `Learner` or a `Teacher`, or a list of them, an ensemble; it is left as it was found
         loss=SoftTarget, # A loss (class, `partial`, instance or function), a `Match`, or a list of these, which are summed
         student_layers:str|list=None, # For a loss on features: names of the student's layers
         teacher_layers:str|list=None, # For a loss on features: names of the teacher's layers, in the same order
@@ -195,12 +212,14 @@ class KnowledgeDistillationCallback(Callback):
 
     @property
     def teacher(self) -> Teacher: # `None` in a learner that was exported and loaded
-        "The teacher; set it to a module or `Learner`"
+        "The teacher; set it to a module, a `Learner`, a `Teacher` or a list of them"
         return self._teacher
     @teacher.setter
     def teacher(self, model):
-        teacher = Teacher(model)
+        teacher = as_teacher(model)
         for m in self.matches:
+            if m.teacher_layers and isinstance(teacher, Ensemble): raise ValueError(f'{m} compares features: expected one teacher, but got {teacher}. '
+                'The features of several networks have no mean, as the channels of each are its own; their predictions have.')
             for n in m.teacher_layers: get_layer(teacher.model, n, 'teacher')
         self._teacher,self._trained = teacher,None
 
@@ -208,8 +227,13 @@ class KnowledgeDistillationCallback(Callback):
     def learn(self): return self._learn
     @learn.setter
     def learn(self, v):
-        if v is None: self._undo()   # fastai removes the callbacks of a fit however it ended
+        if v is None:
+            self._undo()   # fastai removes the callbacks of a fit however it ended
+            if self._learn is not None and sum(cb is self for cb in self._learn.cbs) > 1: return   # still attached
         self.__dict__['_learn'] = v
+
+    def __call__(self, event_name):
+        if self._learn is not None: return super().__call__(event_name)   # None if a callback before has removed this one
 
     @property
     def weights(self) -> tuple: # (weight, task_weight)
@@ -221,6 +245,9 @@ class KnowledgeDistillationCallback(Callback):
         "Add the columns `task_loss` and `kd_loss` to the table"
         self._undo()
         if self.learn.lock.locked(): return   # validate or get_preds: no training, no columns
+        if (n := sum(isinstance(cb, KnowledgeDistillationCallback) for cb in self.learn.cbs)) > 1:
+            raise ValueError(f'Expected one KnowledgeDistillationCallback, but the learner has {n}. One takes several losses as a list of `Match`es and several teachers as '
+                             'a list of models. `learn.remove_cb(KnowledgeDistillationCallback)` removes one that was attached before.')
         if hasattr(self.learn, 'lr_finder'): self._kept,self._trained = (self._trained,self._saved),deepcopy(self._trained)
         beta = self.recorder.smooth_loss.beta if hasattr(self.learn, 'recorder') else 0.98
         self._smooth = {k:AvgSmoothLoss(beta) for k in ('task_loss','kd_loss')}
@@ -240,17 +267,18 @@ class KnowledgeDistillationCallback(Callback):
                                  'A `deepcopy` of the student would do.')
             if self._student is None or self._student() is not student: self._student,self._trained = weakref.ref(student),None
             for m in self.matches:
+                if m.student_layers: self._check_parallel(self.learn.model, 'student'); self._check_parallel(teacher, 'teacher')
                 self._hooks += FeatureHooks(student, m.student_layers, 'student'),FeatureHooks(teacher, m.teacher_layers, 'teacher')
-            self._teacher.start(one_param(student).device)
+            self._teacher.start(one_param(student).device, reset=any(isinstance(cb, ModelResetter) for cb in self.learn.cbs))
             self._first_buffers = [(b,b.clone()) for b in student.buffers()]
 
     def after_pred(self):
         "Let the teacher answer what the student was asked"
-        with self._undo_on_error(): self._answer = self._teacher(*self.xb)
+        with self._undo_on_error('batch'): self._answer = self._teacher(*self.xb)
 
     def after_loss(self):
         "Make the loss the whole objective"
-        with self._undo_on_error():
+        with self._undo_on_error('batch'):
             if not len(self.yb): raise ValueError('Expected labels: fastai takes no step on batches without. '
                                                   'Give any, zeros for example, and `task_weight=0` to learn from the teacher alone.')
             if self.iter == 0: self._check_labels()
@@ -264,8 +292,11 @@ class KnowledgeDistillationCallback(Callback):
     def kd_loss(self) -> Tensor: # Scalar
         "The distillation loss of this batch: the sum of the terms"
         features = [(s.features or [get_logits(self.pred)], t.features or [self._answer]) for s,t in zip(self._hooks[::2], self._hooks[1::2])]
+        self._check_graph()
         trained,targ = self._trained or self._build(features),self._targ()
-        loss = sum(m(*f, *targ, losses=l) for m,f,l in zip(self.matches, features, trained.losses))
+        terms = [m(*f, *targ, losses=l) for m,f,l in zip(self.matches, features, trained.losses)]
+        loss = sum(terms)
+        if not loss.isfinite(): self._check_finite(terms, features)
         self._trained = trained
         return loss
 
@@ -275,7 +306,9 @@ class KnowledgeDistillationCallback(Callback):
         "Save what the losses have trained, and the optimizer's state of it, for `load`"
         if rank_distrib(): return
         if not (self._trained and self._trained.params): raise ValueError('Nothing to save: no loss that trains has seen a batch')
-        torch.save(self._trained.state_dict(), file)
+        part = Path(f'{file}.part')
+        torch.save(self._trained.state_dict(), part)
+        part.replace(file)   # whole or not at all, whenever the process dies
 
     def load(self,
         file, # Path that `save` has written
@@ -287,8 +320,11 @@ class KnowledgeDistillationCallback(Callback):
 
     def _build(self, features):
         "Make what the losses train, or load it"
-        trained = _TrainedLosses(m.build(*f) for m,f in zip(self.matches, features))
+        losses,student = nn.ModuleList(m.build(*f) for m,f in zip(self.matches, features)),self.learn.model
+        if any(isinstance(m, nn.SyncBatchNorm) for m in student.modules()): losses = nn.SyncBatchNorm.convert_sync_batchnorm(losses)
+        trained = _TrainedLosses(losses)
         if self._saved: trained.load_state_dict(self._saved)
+        if isinstance(student, DistributedDataParallel): trained.share(student.process_group)
         self._saved = None
         return trained
 
@@ -301,21 +337,53 @@ class KnowledgeDistillationCallback(Callback):
         return [torch.lerp(a, b, mix.lam.view(-1, *[1]*(a.ndim-1))) for a,b in zip(map(probs, mix.yb1), map(probs, self.yb))]
 
     def _check_labels(self):
-        "Raise where a loss takes each item to have one class and the labels are not of this kind"
+        "Raise where a loss takes each item to have one class, or the classes along one axis, and the labels are not of this kind"
         y,pred = self.yb[0],get_logits(self.pred)
+        if not isinstance(y, Tensor): return
         for m in self.matches:
-            if not (getattr(m.loss, 'single_label', False) and isinstance(y, Tensor) and y.is_floating_point()): continue
-            if y.shape == pred.shape and (y >= 0).all() and (y.sum(getattr(m.loss, 'axis', 1)) - 1).abs().max() < 0.01: continue
-            raise ValueError(f'{m} takes each item to have one class, but the labels {tuple(y.shape)} are values or, for each class, yes or no. '
-                             'For several labels for an item use `MultiLabelSoftTarget`, for values `TeacherBounded` or `Logits`.')
+            axis = getattr(m.loss, 'axis', None)
+            if y.is_floating_point():
+                if not getattr(m.loss, 'single_label', False): continue
+                if y.shape == pred.shape and (y >= 0).all() and (y.sum(1 if axis is None else axis) - 1).abs().max() < 0.01: continue
+                raise ValueError(f'{m} takes each item to have one class, but the labels {tuple(y.shape)} are values or, for each class, yes or no. '
+                                 'For several labels for an item use `MultiLabelSoftTarget`, for values `TeacherBounded` or `Logits`.')
+            elif axis is not None and 1 < y.ndim == pred.ndim-1 and y.shape != pred.select(axis, 0).shape:
+                raise ValueError(f'{m} takes the classes to be along axis {axis} of the predictions {tuple(pred.shape)}, which does not go with labels of '
+                                 f'shape {tuple(y.shape)}. The axis is an argument: `{type(m.loss).__name__}(axis=-1)`.')
+
+    def _check_parallel(self, model, role):
+        "Raise for hooks on a model of which copies run instead"
+        if isinstance(model, DataParallel) and len(model.device_ids) > 1:
+            raise ValueError(f'The layers of a {role} in `nn.DataParallel` cannot be compared, as copies of it run on {len(model.device_ids)} GPUs. '
+                             'Train in several processes instead: `with learn.distrib_ctx(): learn.fit(...)`.')
+
+    def _check_graph(self):
+        "Raise for features that would teach the student nothing"
+        for hooks in self._hooks[::2]:
+            if names := [h.name for h in hooks if not h.with_grad]:
+                raise ValueError(f'Expected a graph of the student\'s layers {names}, but they ran without gradients. Gradient checkpointing '
+                                 'keeps the graph with `use_reentrant=False`; layers under `torch.no_grad()` learn nothing.')
+
+    def _check_finite(self, terms, features):
+        "Raise for a loss that is not finite, unless the student's predictions are not either: then all goes as it would without a teacher"
+        if not get_logits(self.pred).isfinite().all(): return
+        m,l,(s,t) = next(o for o in zip(self.matches, terms, features) if not o[1].isfinite())
+        whose = [who for who,o in (('the teacher\'s answer',t),('the student\'s features',s)) if not all(x.isfinite().all() for x in o)]
+        raise ValueError(f'{m} is {l.item()}' + (f', as {" and ".join(whose)} is not finite' if whose else ', though what it compares is finite'))
 
     def before_step(self):
         "Let what the losses train take the step with the student"
+        if isinstance(self.learn.model, DistributedDataParallel): self._trained.average_gradients(self.learn.model.process_group)
         self._trained.join(self.learn)
 
     def after_cancel_step(self):
         "A step that is skipped has its gradients dropped all the same"
         self.before_step()
+
+    def after_cancel_batch(self):
+        "Where the student's gradients were dropped, drop those of what the losses train"
+        if self._trained is not None and all(p.grad is None for p in self.model.parameters()):
+            for p in self._trained.params: p.grad = None
 
     def after_batch(self):
         "Record the parts of the loss and drop what belongs to this batch"
@@ -349,14 +417,15 @@ class KnowledgeDistillationCallback(Callback):
         self._answer,self._parts,self._columns,self._first_buffers = None,None,(),()
 
     @contextmanager
-    def _undo_on_error(self):
+    def _undo_on_error(self, at=''):
         "On an error leave everything as it was found; at the first batch that includes the student's buffers, which its forward pass has changed"
         try: yield
-        except Exception:
+        except Exception as e:
             with torch.no_grad():
                 for b,found in self._first_buffers: b.copy_(found)
+            where = at and f' (epoch {self.epoch}, batch {self.iter})'
             self._undo()
-            raise
+            raise modify_exception(e, f'{e.args[0] if e.args else type(e).__name__}{where}', replace=True)
 
     def _column(self, name):
         "Smoothed just as `train_loss` is; with `Recorder(train_metrics=True)`, empty where validation has its columns"

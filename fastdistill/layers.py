@@ -47,7 +47,7 @@ def get_layer(
     raise KeyError(f'{_describe(model, role)} has no layer {name!r}. Nearest names: {", ".join(near)}. '
                    f'`get_model_layers` lists all {len(names)}.')
 
-# %% ../nbs/01_layers.ipynb #8fcd930c
+# %% ../nbs/01_layers.ipynb #9aee4c0d
 class _FeatureHook(Hook):
     "Keep the tensor that layer `m` returned, a copy where a later in-place operation writes over it"
     def __init__(self, m, name):
@@ -57,7 +57,7 @@ class _FeatureHook(Hook):
 
     def _keep(self, m, inp, out):
         while isinstance(out, (tuple,list)) and len(out): out = out[0]
-        self.found = type(out).__name__
+        self.found,self.with_grad = type(out).__name__,torch.is_grad_enabled()
         if not isinstance(out, Tensor): return
         self.output,self.version = out,out._version
         return out.clone() if self.copies else out
@@ -72,7 +72,7 @@ class _FeatureHook(Hook):
 
     def clear(self): self.stored = self.output = self.found = None
 
-# %% ../nbs/01_layers.ipynb #0ffec722
+# %% ../nbs/01_layers.ipynb #2a00d7d8
 class FeatureHooks(Hooks):
     "The outputs of layers `names` of `model` at its last forward pass; as a context manager, hooks are removed at the end"
     def __init__(self,
@@ -89,8 +89,8 @@ class FeatureHooks(Hooks):
         "The captured tensors; raises `ValueError` when a layer did not run or returned no tensor"
         try: return L(h.feature() for h in self)
         except ValueError as e:
-            raise ValueError(f'{e} of {self.model_name}. A layer that a model skips, that was compiled before the fit '
-                             'or that runs as part of a fused operation cannot be compared.') from None
+            raise ValueError(f'{e} of {self.model_name}. A layer that a model skips or that runs as part of a fused operation cannot be compared. '
+                             'A compiled model that ran before, without hooks, needs `torch.compiler.reset()`.') from None
 
     def clear(self):
         "Forget the captured tensors"
