@@ -184,7 +184,7 @@ class _TrainedLosses:
         self.states = [{k:v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k,v in st.items()}
                        for p,st in zip(self.params, saved['states'] or [])] or None
 
-# %% ../nbs/03_callback.ipynb #1630d16e
+# %% ../nbs/03_callback.ipynb #e9f41f97
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
@@ -305,9 +305,10 @@ class KnowledgeDistillationCallback(Callback):
     ):
         "Save what the losses have trained, and the optimizer's state of it, for `load`"
         if rank_distrib(): return
-        if not (self._trained and self._trained.params): raise ValueError('Nothing to save: no loss that trains has seen a batch')
+        saved = self._trained.state_dict() if self._trained and self._trained.params else self._saved   # loaded, and no batch since
+        if not saved: raise ValueError('Nothing to save: no loss that trains has seen a batch')
         part = Path(f'{file}.part')
-        torch.save(self._trained.state_dict(), part)
+        torch.save(saved, part)
         part.replace(file)   # whole or not at all, whenever the process dies
 
     def load(self,
@@ -320,7 +321,9 @@ class KnowledgeDistillationCallback(Callback):
 
     def _build(self, features):
         "Make what the losses train, or load it"
-        losses,student = nn.ModuleList(m.build(*f) for m,f in zip(self.matches, features)),self.learn.model
+        student,device = self.learn.model,get_logits(self.pred).device
+        with torch.random.fork_rng([device] if device.type == 'cuda' else []):   # what the student draws does not depend on what is built
+            losses = nn.ModuleList(m.build(*f) for m,f in zip(self.matches, features))
         if any(isinstance(m, nn.SyncBatchNorm) for m in student.modules()): losses = nn.SyncBatchNorm.convert_sync_batchnorm(losses)
         trained = _TrainedLosses(losses)
         if self._saved: trained.load_state_dict(self._saved)

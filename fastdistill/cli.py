@@ -8,8 +8,9 @@ __all__ = ['digits_methods', 'image_losses', 'train_students', 'measure', 'summa
            'distill_digits', 'image_dls', 'plain_model', 'image_teacher', 'image_loss', 'distill_images', 'fastdistill',
            'main']
 
-# %% ../nbs/06_cli.ipynb #45eb22c7
+# %% ../nbs/06_cli.ipynb #20a3beb9
 import inspect, io, sys, time
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from fastai.basics import Categorize, CrossEntropyLossFlat, Datasets, Learner, Transform, accuracy, load_model, set_seed, tensor
 from fastai.callback.all import *
 from fastai.layers import ConvLayer, Flatten
+from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.script import anno_parser
 try: from fastcore.script import Param   # fastcore 1
 except ImportError: Param = None         # fastcore 2, which annotates with typing.Annotated and spells options with hyphens
@@ -30,7 +32,35 @@ from .layers import get_layer
 from .losses import (DIST, PKT, RKD, VID, ActivationBoundaries, Attention, ChannelWise, Cosine, DecoupledKD, FitNet, HardTarget, Logits,
                                 NormalizedKD, Similarity, SoftTarget)
 
-# %% ../nbs/06_cli.ipynb #744f8c43
+# %% ../nbs/06_cli.ipynb #4b34ecc6
+def _say(text):
+    "Print in the first process alone"
+    if not rank_distrib(): print(text, flush=True)
+
+def _start_processes():
+    "Join the other processes of `accelerate launch` or `torchrun`, where there are any"
+    if num_distrib() < 2: return
+    try: from accelerate import PartialState
+    except ImportError: raise ValueError('Several processes need accelerate: pip install accelerate') from None
+    PartialState(cpu=not torch.cuda.is_available())
+    if torch.cuda.is_available(): return
+    from fastai.distributed import DistributedDL
+    def broadcast(self, idxs, rank):
+        idxs = tensor(idxs)
+        torch.distributed.broadcast(idxs, rank)
+        return idxs.tolist()
+    DistributedDL._broadcast = broadcast   # fastai's sends the indices by way of a GPU
+
+@contextmanager
+def _in_processes(learn):
+    "Fit in all processes"
+    if num_distrib() < 2:
+        yield
+        return
+    import fastai.distributed   # gives Learner its distrib_ctx
+    with learn.distrib_ctx(sync_bn=torch.cuda.is_available()): yield   # PyTorch has no synchronised batch norm on CPUs
+
+# %% ../nbs/06_cli.ipynb #0afaeaf1
 def train_students(
     new_student, # Function without arguments that returns an untrained `Learner`
     methods:dict, # Name -> function without arguments that returns the callbacks of one fit
@@ -44,14 +74,14 @@ def train_students(
         for name,new_cbs in methods.items():
             set_seed(seed, reproducible=True)
             start,learn = time.perf_counter(),new_student()
-            with learn.no_logging(): learn.fit_one_cycle(epochs, lr, cbs=new_cbs())
+            with learn.no_logging(), _in_processes(learn): learn.fit_one_cycle(epochs, lr, cbs=new_cbs())
             i = learn.recorder.metric_names.index('accuracy') - 1
             rows += [dict(method=name, seed=seed, epoch=e+1, accuracy=v[i]) for e,v in enumerate(learn.recorder.values)]
             learners.setdefault(name, learn)
-            print(f'{name}, seed {seed}: accuracy {rows[-1]["accuracy"]:.3f} ({time.perf_counter()-start:.0f} s)', flush=True)
+            _say(f'{name}, seed {seed}: accuracy {rows[-1]["accuracy"]:.3f} ({time.perf_counter()-start:.0f} s)')
     return pd.DataFrame(rows),learners
 
-# %% ../nbs/06_cli.ipynb #ad688006
+# %% ../nbs/06_cli.ipynb #b85378cc
 @torch.no_grad()
 def measure(
     learn:Learner, # Trained learner
@@ -112,6 +142,7 @@ def report(
 ) -> pd.DataFrame: # Table of `summarize`
     "Print the table; write it, the runs, the figure and the exported students to `out`"
     table = summarize(runs, learners, teacher)
+    if rank_distrib(): return table
     table.to_csv(out/'results.csv', index=False)
     runs.to_csv(out/'runs.csv', index=False)
     fig = plot_results(runs, table)
@@ -163,7 +194,7 @@ def digits_learner(
     "A learner for the digits"
     return Learner(digits_dls(n, split=split), digits_cnn(width), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
-# %% ../nbs/06_cli.ipynb #b57d451f
+# %% ../nbs/06_cli.ipynb #71d37f68
 digits_methods = {'scratch': dict(),
                   'SoftTarget': dict(loss=SoftTarget(T=10), weight=0.9),
                   'Attention': dict(loss=Match(Attention, ['0','1','2'], ['0','1','2'], weight=10), weight=1., task_weight=1.)}
@@ -176,9 +207,9 @@ def train_teacher(
 ) -> Learner: # The same, trained
     "Train a teacher and say how long that took"
     start = time.perf_counter()
-    with learn.no_logging(): learn.fit_one_cycle(epochs, lr)
+    with learn.no_logging(), _in_processes(learn): learn.fit_one_cycle(epochs, lr)
     saved = f', weights saved to {learn.save(Path(file).with_suffix("").absolute(), with_opt=False)}' if file else ''
-    print(f'teacher: {total_params(learn.model)[0]:,} parameters ({time.perf_counter()-start:.0f} s){saved}', flush=True)
+    _say(f'teacher: {total_params(learn.model)[0]:,} parameters ({time.perf_counter()-start:.0f} s){saved}')
     return learn
 
 def with_teacher(
@@ -326,7 +357,7 @@ def distill_images(
     if not teacher_weights: train_teacher(learn, epochs, lr, save_teacher)
     return *train_students(new_student, with_teacher(learn, {'scratch':{}, loss:kw}), epochs, lr, seeds), learn
 
-# %% ../nbs/06_cli.ipynb #b922b899
+# %% ../nbs/06_cli.ipynb #f5ea5bef
 _help = 'Folder of images by class, or with folders train and valid of such; without it, the digits that ship with scikit-learn'
 _path = Param(_help, str, nargs='?', opt=False) if Param else Annotated[str, _help, dict(nargs='?', opt=False)]
 
@@ -343,7 +374,7 @@ def fastdistill(
     weight:float=None, # Images: weight of the distillation loss (default: 0.5)
     task_weight:float=None, # Images: weight of the labels' loss (default: 1-weight)
     size:int=None, # Images: height and width in pixels (default: 64)
-    bs:int=None, # Images: batch size (default: 64)
+    bs:int=None, # Images: batch size, of each process where several were launched (default: 64)
     lr:float=None, # Images: maximum learning rate (default: 1e-3)
     valid_pct:float=None, # Images: share to validate on where there is no folder valid (default: 0.2)
     epochs:int=None, # Epochs of each student, and of a teacher for images (default: 60 for the digits, 10 for images)
@@ -360,6 +391,7 @@ def fastdistill(
         if k in args: args[k] = args[k].split(',')
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    _start_processes()
     results = distill_digits(**args) if path is None else distill_images(path, **args, save_teacher=out/'teacher.pth')
     return report(*results, out)
 
