@@ -1,5 +1,5 @@
 "The command as a user calls it: on the digits, on a folder of images, and on what it cannot use."
-import inspect, re, subprocess, sys
+import inspect, os, re, socket, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import load_learner, set_seed
@@ -45,6 +45,23 @@ def test_digits(run, tmp_path):
     assert 'gain over scratch' in out and f'{table.accuracy[0]:.3f}' in out
     learn = load_learner(tmp_path/'new'/'folder'/'student-SoftTarget.pkl')
     with learn.no_bar(): assert learn.predict(np.zeros(65, dtype=np.float32))[0] in list('0123456789')
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+def test_several_processes(tmp_path):
+    "Under `accelerate launch`: they train together, and the first alone prints and writes"
+    pytest.importorskip('accelerate')
+    launch = f'-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port {free_port()}'
+    done = subprocess.run([sys.executable, *launch.split(), '-m', 'fastdistill', '--epochs', '2', '--seeds', '1', '--out', str(tmp_path)], capture_output=True, text=True,
+                          timeout=300, env=dict(os.environ, CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore'))
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall('SoftTarget, seed 0', done.stdout)) == 1 and done.stdout.count('Written to') == 1
+    assert re.search(r'\[\d/2 ', done.stdout) and not re.search(r'\[\d/4 ', done.stdout)     # 200 images in batches of 50: two batches for each of two processes
+    table = pd.read_csv(tmp_path/'results.csv')
+    assert len(table) == 4 and table.accuracy[0] > 0.9
 
 def test_digits_data():
     dls,other = cli.digits_dls(200),cli.digits_dls(200, split=1)

@@ -13,7 +13,7 @@ def learner(**kwargs):
     dls = DataLoaders(TfmdDL(dl, bs=8, shuffle=True, num_workers=0, device=device), TfmdDL(valid, bs=16, num_workers=0, device=device), device=device)
     return QuietLearner(dls, net(), loss_func=CrossEntropyLossFlat(), **kwargs)
 
-@pytest.mark.parametrize('to', [None,'to_fp16','to_bf16','to_channelslast'])
+@pytest.mark.parametrize('to', [None,'to_fp16','to_bf16','to_channelslast','to_non_native_fp16'])
 def test_precision(to):
     teacher = net(8)
     before,answers,inside = state(teacher),[],[]
@@ -21,9 +21,10 @@ def test_precision(to):
     def loss(s, t): inside.append((s.dtype,t.dtype,torch.is_autocast_enabled('cuda'))); return (s-t).square().mean()
     kd = KnowledgeDistillationCallback(teacher, [loss, SoftTarget, Match(Attention, ['0','1'], ['0','1']), Match(loss, '4', '4')])
     learn = learner(cbs=kd)
-    if to: getattr(learn, to)()
+    if to: getattr(learn, to)(**dict(to_non_native_fp16=dict(max_loss_scale=256.)).get(to, {}))
     learn.fit(3)
-    want = dict(to_fp16=torch.float16, to_channelslast=torch.float16, to_bf16=torch.bfloat16).get(to, torch.float32)
+    want = dict(to_fp16=torch.float16, to_channelslast=torch.float16,
+                to_non_native_fp16=torch.float16, to_bf16=torch.bfloat16).get(to, torch.float32)
     assert set(answers) == {(want,'cuda')} and set(inside) == {(torch.float32,torch.float32,False)}
     assert same_state(teacher, before) and next(teacher.parameters()).device.type == 'cpu' and teacher.training
     assert n_hooks(learn.model) == 0 and n_hooks(teacher) == 1     # this test's own
@@ -44,11 +45,11 @@ def test_mixed_precision_gradients_are_close_to_float32(to):
         grads[prec] = seen[0]
     assert torch.cosine_similarity(grads[None], grads[to], dim=0) > 0.98
 
-@pytest.mark.parametrize('to', [None,'to_fp16','to_bf16'])
+@pytest.mark.parametrize('to', [None,'to_fp16','to_bf16','to_non_native_fp16'])
 def test_projectors_train_in_float32_beside_the_student(to):
     kd = KnowledgeDistillationCallback(net(8), [Match(FitNet, '0', '0'), Match(VID, '1', '1'), Match(Similarity, '1', '1')])
     learn,start = learner(cbs=kd),[]
-    if to: getattr(learn, to)()
+    if to: getattr(learn, to)(**dict(to_non_native_fp16=dict(max_loss_scale=256.)).get(to, {}))
     class First(Callback):
         order = 50
         def before_backward(self): start.append([p.clone() for p in self.knowledge_distillation._trained.params])
