@@ -1,0 +1,216 @@
+"Every kind of teacher: its logits are found, its answers repeat, it is left as it was found; several as one."
+from copy import deepcopy
+from functools import partial
+from types import SimpleNamespace
+import pytest, torch
+import torch.nn.functional as F
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, SGD, load_learner
+from torch import nn
+from conftest import data, learner, n_hooks, net, same_state, state
+from fastdistill.all import *
+from test_callback import close, exportable, grads_by_hand, Gradients, one_batch
+
+KD = KnowledgeDistillationCallback
+
+def images(size=32, n=8):
+    "Noise in three channels, three classes"
+    gen = torch.Generator().manual_seed(0)
+    items = list(zip(torch.randn(n, 3, size, size, generator=gen), torch.randint(3, (n,), generator=gen)))
+    return DataLoaders.from_dsets(items, items, bs=n//2, shuffle=False, num_workers=0, device=torch.device('cpu'))
+
+def small(): return nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+def distils(teacher, model, dls, student, logits=lambda out: out, **kwargs):
+    "Fit, and compare the loss of the first batch with PyTorch's divergence from the plain model's logits; it is left as found, twice"
+    x = dls.train.one_batch()[0]
+    found,modes,hooks,losses = state(model),[m.training for m in model.modules()],n_hooks(model),[]
+    plain = deepcopy(model).eval()
+    with torch.no_grad(): s,t = deepcopy(student).train()(x),logits(plain(kwargs.get('inputs', x)))
+    want = 25*F.kl_div(F.log_softmax(s/5, 1), F.log_softmax(t/5, 1), reduction='batchmean', log_target=True).item()
+    cb = Callback(after_loss=lambda self: losses.append(self.knowledge_distillation._parts['kd_loss'].item()) if self.training else None)
+    cb.order = 30
+    learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), cbs=cb)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, cbs=KD(teacher, SoftTarget))
+    assert losses[0] == pytest.approx(want, rel=1e-3) and want > 0
+    assert same_state(model, found) and [m.training for m in model.modules()] == modes and n_hooks(model) == hooks
+    assert all(p.grad is None for p in model.parameters())
+    return learn
+
+# --- where models come from ---
+
+@pytest.mark.parametrize('name', ['resnet18','mobilenet_v3_small','googlenet'])
+def test_torchvision(name):
+    "In-place activations; one answers a tuple of its own while training"
+    from torchvision import models
+    model = models.get_model(name, num_classes=3, **(dict(init_weights=False, aux_logits=True) if name == 'googlenet' else {}))
+    distils(model, model, images(64), small())
+
+def test_timm():
+    timm = pytest.importorskip('timm')
+    model = timm.create_model('resnet10t', num_classes=3)
+    distils(model, model, images(), small())
+
+def vit():
+    transformers = pytest.importorskip('transformers')
+    return transformers.ViTForImageClassification(transformers.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8, num_labels=3))
+
+def test_transformers():
+    model = vit()
+    distils(model, model, images(), small(), logits=lambda out: out.logits)
+
+def test_layers_of_transformers():
+    "A block answers hidden states, tokens by channels: compared with those of a student of the same kind, which answers in an object too"
+    model,student = vit(),vit()
+    name = next(n for n in get_model_layers(model) if n.endswith('.1'))
+    assert name in get_model_layers(student)
+    seen = []
+    def tokens(s, t): seen.append((tuple(s.shape),tuple(t.shape))); return (s-t).square().mean()
+    learn = Learner(images(), student, loss_func=lambda pred, y: F.cross_entropy(get_logits(pred), y))
+    before = state(student)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=KD(model, [SoftTarget, Match(tokens, name, name)]))
+    assert set(seen) == {((4,17,16),(4,17,16))} and not same_state(student, before)
+
+def test_exported_and_loaded_learner(tmp_path):
+    learn = learner(net(8), exportable(), path=tmp_path)
+    learn.fit(1)
+    learn.export('teacher.pkl')
+    loaded = load_learner(tmp_path/'teacher.pkl')
+    distils(loaded, loaded.model, one_batch(), net())
+
+@pytest.fixture
+def dynamo():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+def test_compiled(teacher, dynamo):
+    distils(torch.compile(teacher, backend='eager'), teacher, one_batch(), net())
+
+def test_layers_of_a_compiled_teacher(teacher, dynamo):
+    "Compiled but not run yet: as uncompiled. One that ran: an error that says what to do"
+    feature = partial(Match, Attention, ['0','1'], ['0','1'])
+    steps,student = [],net()
+    for t in (teacher, torch.compile(teacher, backend='eager')):
+        learn,g = learner(deepcopy(student), one_batch()),Gradients()
+        learn.fit(1, cbs=[g, KD(t, feature())])
+        steps.append(g.steps[0])
+    close(*steps)
+    torch.compiler.reset()
+    ran = torch.compile(net(8).eval(), backend='eager')
+    with torch.no_grad(): ran(torch.randn(8,2,8,8))
+    with pytest.raises(ValueError, match=r"Layer '0' did not run.*teacher Sequential.*torch.compiler.reset\(\)"): learner().fit(1, cbs=KD(ran, feature()))
+    torch.compiler.reset()
+    learner().fit(1, cbs=KD(ran, feature()))
+
+# --- what models do ---
+
+def test_dropout_and_batch_norm():
+    "Answers repeat; the running statistics do not run"
+    teacher = Teacher(net(8, dropout=.5))
+    teacher.start('cpu')
+    x = torch.randn(4,2,8,8)
+    a,b = teacher(x),teacher(x)
+    teacher.stop()
+    assert torch.equal(a, b) and not torch.equal(teacher.model(x), teacher.model(x))
+    distils(teacher.model, teacher.model, one_batch(), net())
+
+def test_inplace_activations(teacher):
+    "The batch norm before an in-place ReLU is seen as it was: as in a copy that works out of place"
+    copy = deepcopy(teacher)
+    for stage in copy[:2]: stage[2].inplace = False
+    def least(s, t): return (s.min()-t.min()).square()     # negative before the activation, 0 behind it
+    steps,student = [],net()
+    for t in (teacher,copy):
+        g = Gradients()
+        learner(deepcopy(student), one_batch(), cbs=g).fit(2, cbs=KD(t, least, ['0.1','1.1'], ['0.1','1.1']))
+        steps.append(g.steps)
+    for a,b in zip(*steps): close(a, b)
+
+def test_without_parameters():
+    class Brightest(nn.Module):
+        def forward(self, x): return x[:,0].unflatten(1, (4,2)).mean((2,3))[:,:3]
+    distils(Brightest(), Brightest(), one_batch(), net())
+
+@pytest.mark.parametrize('answer', [lambda o: dict(logits=o, loss=None), lambda o: (o,None), lambda o: SimpleNamespace(logits=o)])
+def test_wrappings(teacher, answer):
+    class Wraps(nn.Module):
+        def __init__(self): super().__init__(); self.model = teacher
+        def forward(self, x): return answer(self.model(x))
+    distils(Wraps(), teacher, one_batch(), net())
+
+# --- other inputs ---
+
+def test_input_tfm():
+    "Another size and other statistics: only the teacher's inputs change"
+    model,dls = nn.Sequential(nn.Conv2d(3, 4, 16, stride=16), nn.Flatten(), nn.Linear(64, 3)),images()
+    def larger(x): return F.interpolate(x*.5 + .2, size=64)
+    distils(Teacher(model, input_tfm=larger), model, dls, small(), inputs=larger(dls.train.one_batch()[0]))
+
+def test_input_tfm_takes_and_gives_several():
+    class Two(nn.Module):
+        def forward(self, a, b): return torch.cat([a.mean(1, keepdim=True), b.mean(1, keepdim=True)], 1)
+    a,b = torch.randn(2,4,3)
+    torch.testing.assert_close(Teacher(Two(), input_tfm=lambda a,b: (b,a))(a, b), Two()(b, a))
+    with pytest.raises(TypeError, match="input_tfm to be a function of the inputs, but got 'larger'"): Teacher(Two(), input_tfm='larger')
+
+def test_half_precision(teacher):
+    "Weights of float16 for inputs of float32, and the other way round"
+    x,y = torch.randn(4,2,8,8),Teacher(teacher.eval())(torch.zeros(1,2,8,8))
+    want = Teacher(teacher)(x)
+    half = Teacher(deepcopy(teacher).half(), input_tfm=lambda x: x.half())(x)
+    cast = Teacher(teacher)(x.half())
+    for got in (half,cast):
+        assert got.dtype == torch.float16
+        torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=1e-2)
+    assert y.dtype == torch.float32
+
+def test_wrong_inputs_are_named(teacher):
+    "The error says which model was asked what, and the learner can be used"
+    learn = learner()
+    before = state(learn.model)
+    with pytest.raises(RuntimeError, match=r'The teacher Sequential cannot answer a batch of inputs \(8, 2, 8, 8\) float32.*input_tfm.*epoch 0, batch 0'):
+        learn.fit(1, cbs=KD(nn.Sequential(nn.Conv2d(3, 4, 3))))
+    assert same_state(learn.model, before)
+    learn.fit(1, cbs=KD(teacher))
+
+# --- ensembles ---
+
+@pytest.mark.parametrize('weights', [None,[3,1],[.25,.75]])
+def test_ensemble_step_equals_hand_computed(weights):
+    a,b = net(8),net(6)
+    dls,model,g = one_batch(),net(),Gradients()
+    hand = deepcopy(model).train()
+    learner(model, dls, cbs=g).fit(1, cbs=KD([a,b] if weights is None else Ensemble([a,b], weights)))
+    wa,wb = dict(zip((None,3,.25), ((.5,.5),(.75,.25),(.25,.75))))[weights and weights[0]]
+    a,b = deepcopy(a).eval(),deepcopy(b).eval()
+    close(g.steps[0], grads_by_hand(hand, lambda x: wa*a(x) + wb*b(x), *dls.train.one_batch(), .5, .5))
+
+def test_members_are_left_as_found():
+    a,b = net(8).eval(),net(8)
+    b[0].eval()
+    before,modes = [state(a),state(b)],[[m.training for m in o.modules()] for o in (a,b)]
+    learn = learner()
+    learn.fit(1, cbs=KD(Ensemble([a, b, Teacher(b, input_tfm=lambda x: -x), a], [1,1,2,1])))
+    for o,state_,mode in zip((a,b), before, modes): assert same_state(o, state_) and [m.training for m in o.modules()] == mode and n_hooks(o) == 0
+    ensemble,calls = Ensemble([a,b]),[]
+    def stop(self):
+        if self.training: calls.append([m.training for m in b.modules()]); raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=[KD(ensemble), Callback(after_loss=stop)])
+    assert not any(calls[0]) and [m.training for m in b.modules()] == modes[1]
+
+def test_ensembles_that_cannot_be(teacher):
+    with pytest.raises(ValueError, match=r'Attention\(p=2\) compares features: expected one teacher, but got Ensemble\(Sequential, Sequential\).*no mean'): KD([teacher,net(8)], Attention, '0', '0')
+    with pytest.raises(ValueError, match='at least one teacher'): KD([])
+    for weights in ([1], [1,0], [1,-1], [1,float('nan')]):
+        with pytest.raises(ValueError, match='weight above 0 for each of 2 teachers'): Ensemble([teacher,net(8)], weights)
+    with pytest.raises(TypeError, match='but got str'): KD([teacher,'resnet34'])
+    learn,other = learner(),nn.Sequential(nn.Flatten(), nn.Linear(128, 2))
+    with pytest.raises(ValueError, match=r'same classes, but their logits are of shapes \(8, 3\), \(8, 2\)'): learn.fit(1, cbs=KD([teacher,other]))
+    with pytest.raises(ValueError, match='teacher of its own'): learn.fit(1, cbs=KD([teacher,learn.model]))
+    assert n_hooks(learn.model, teacher) == 0 and teacher.training
+
+def test_ensemble_set_later(teacher):
+    kd = deepcopy(KD(teacher))
+    kd.teacher = [teacher,net(8)]
+    learner().fit(1, cbs=kd)
+    assert repr(kd.teacher) == 'Ensemble(Sequential, Sequential)'
