@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['get_logits', 'Teacher', 'Ensemble', 'as_teacher']
 
-# %% ../nbs/02_teacher.ipynb #9bfa6aba
+# %% ../nbs/02_teacher.ipynb #319ed231
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -15,7 +15,6 @@ from fastai.torch_core import one_param
 from fastcore.basics import listify
 from fastcore.xtras import is_listy, modify_exception
 from torch import nn, Tensor
-from .layers import unwrap_model
 
 # %% ../nbs/02_teacher.ipynb #55bb23ac
 def get_logits(
@@ -36,7 +35,7 @@ def _describe(out):
     if isinstance(out, Tensor): return f'{tuple(out.shape)} {out.dtype}'.replace('torch.', '')
     return f'{type(out).__name__} of {len(out)} items' if isinstance(out, (tuple,list)) else type(out).__name__
 
-# %% ../nbs/02_teacher.ipynb #80993959
+# %% ../nbs/02_teacher.ipynb #d7e8c0c3
 class Teacher:
     "A frozen model that answers batches between `start` and `stop`, and is then left as it was found"
     def __init__(self,
@@ -94,7 +93,7 @@ class Teacher:
         p = one_param(self.model)
         return None if p is None else p.device
 
-    def __repr__(self): return type(unwrap_model(self.model)).__name__
+    def __repr__(self): return type(self.model).__name__
 
 # %% ../nbs/02_teacher.ipynb #614c7b74
 class Ensemble(Teacher):
