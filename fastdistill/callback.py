@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Match', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/03_callback.ipynb #9c575251
+# %% ../nbs/03_callback.ipynb #fa2f62a2
 import inspect, math, weakref
 from contextlib import contextmanager
 from copy import deepcopy
@@ -26,7 +26,7 @@ from fastcore.basics import listify
 from fastcore.xtras import modify_exception
 from torch import distributed, nn, Tensor
 from torch.nn.modules.loss import _Loss
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from .layers import FeatureHooks, get_layer, unwrap_model
 from .losses import Projected, SoftTarget, full_precision
@@ -184,7 +184,7 @@ class _TrainedLosses:
         self.states = [{k:v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k,v in st.items()}
                        for p,st in zip(self.params, saved['states'] or [])] or None
 
-# %% ../nbs/03_callback.ipynb #e9f41f97
+# %% ../nbs/03_callback.ipynb #c88c82e3
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
@@ -267,8 +267,7 @@ class KnowledgeDistillationCallback(Callback):
                                  'A `deepcopy` of the student would do.')
             if self._student is None or self._student() is not student: self._student,self._trained = weakref.ref(student),None
             for m in self.matches:
-                if m.student_layers: self._check_parallel(self.learn.model, 'student'); self._check_parallel(teacher, 'teacher')
-                self._hooks += FeatureHooks(student, m.student_layers, 'student'),FeatureHooks(teacher, m.teacher_layers, 'teacher')
+                self._hooks += FeatureHooks(self.learn.model, m.student_layers, 'student', with_graph=True),FeatureHooks(teacher, m.teacher_layers, 'teacher')
             self._teacher.start(one_param(student).device, reset=any(isinstance(cb, ModelResetter) for cb in self.learn.cbs))
             self._first_buffers = [(b,b.clone()) for b in student.buffers()]
 
@@ -292,7 +291,6 @@ class KnowledgeDistillationCallback(Callback):
     def kd_loss(self) -> Tensor: # Scalar
         "The distillation loss of this batch: the sum of the terms"
         features = [(s.features or [get_logits(self.pred)], t.features or [self._answer]) for s,t in zip(self._hooks[::2], self._hooks[1::2])]
-        self._check_graph()
         trained,targ = self._trained or self._build(features),self._targ()
         terms = [m(*f, *targ, losses=l) for m,f,l in zip(self.matches, features, trained.losses)]
         loss = sum(terms)
@@ -353,19 +351,6 @@ class KnowledgeDistillationCallback(Callback):
             elif axis is not None and 1 < y.ndim == pred.ndim-1 and y.shape != pred.select(axis, 0).shape:
                 raise ValueError(f'{m} takes the classes to be along axis {axis} of the predictions {tuple(pred.shape)}, which does not go with labels of '
                                  f'shape {tuple(y.shape)}. The axis is an argument: `{type(m.loss).__name__}(axis=-1)`.')
-
-    def _check_parallel(self, model, role):
-        "Raise for hooks on a model of which copies run instead"
-        if isinstance(model, DataParallel) and len(model.device_ids) > 1:
-            raise ValueError(f'The layers of a {role} in `nn.DataParallel` cannot be compared, as copies of it run on {len(model.device_ids)} GPUs. '
-                             'Train in several processes instead: `with learn.distrib_ctx(): learn.fit(...)`.')
-
-    def _check_graph(self):
-        "Raise for features that would teach the student nothing"
-        for hooks in self._hooks[::2]:
-            if names := [h.name for h in hooks if not h.with_grad]:
-                raise ValueError(f'Expected a graph of the student\'s layers {names}, but they ran without gradients. Gradient checkpointing '
-                                 'keeps the graph with `use_reentrant=False`; layers under `torch.no_grad()` learn nothing.')
 
     def _check_finite(self, terms, features):
         "Raise for a loss that is not finite, unless the student's predictions are not either: then all goes as it would without a teacher"

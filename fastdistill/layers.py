@@ -72,25 +72,34 @@ class _FeatureHook(Hook):
 
     def clear(self): self.stored = self.output = self.found = None
 
-# %% ../nbs/01_layers.ipynb #2a00d7d8
+# %% ../nbs/01_layers.ipynb #be01d3a5
 class FeatureHooks(Hooks):
     "The outputs of layers `names` of `model` at its last forward pass; as a context manager, hooks are removed at the end"
     def __init__(self,
         model:nn.Module, # Any model, wrapped or not
         names:list, # Names of layers, in any order, repeated or not; an unknown one raises `KeyError`
         role:str='', # What to call the model in messages: 'student', 'teacher'
+        with_graph:bool=False, # Raise where a layer ran without gradients?
     ):
         layers = [get_layer(model, n, role) for n in names]
+        if layers and isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            raise ValueError(f'The layers of a {role or "model"} in `nn.DataParallel` cannot be hooked, as copies of it run on {len(model.device_ids)} GPUs. '
+                             'Train in several processes instead: `with learn.distrib_ctx(): learn.fit(...)`.')
+        self.with_graph = with_graph
         self.hooks = [_FeatureHook(m, n) for m,n in zip(layers, names)]
         self.model_name = _describe(model, role)
 
     @property
     def features(self) -> L: # One tensor for each name, with its graph
-        "The captured tensors; raises `ValueError` when a layer did not run or returned no tensor"
-        try: return L(h.feature() for h in self)
+        "The captured tensors; raises `ValueError` when a layer did not run, or not with gradients, or returned no tensor"
+        try: found = L(h.feature() for h in self)
         except ValueError as e:
             raise ValueError(f'{e} of {self.model_name}. A layer that a model skips or that runs as part of a fused operation cannot be compared. '
                              'A compiled model that ran before, without hooks, needs `torch.compiler.reset()`.') from None
+        if self.with_graph and (names := [h.name for h in self if not h.with_grad]):
+            raise ValueError(f'Expected {self.model_name} to run the layers {names} with gradients, but they ran without. Gradient checkpointing keeps '
+                             'the graph with `use_reentrant=False`; layers under `torch.no_grad()` learn nothing.')
+        return found
 
     def clear(self):
         "Forget the captured tensors"

@@ -92,7 +92,7 @@ def test_data_parallel(teacher):
     learn.fit(1, cbs=KD(teacher, [SoftTarget, Match(Attention, '0', '0')]))
     wrapped.device_ids = [0,1]
     before = state(wrapped)
-    with pytest.raises(ValueError, match='layers of a student in `nn.DataParallel`.*2 GPUs.*distrib_ctx'): learn.fit(1, cbs=KD(teacher, Attention, '0', '0'))
+    with pytest.raises(ValueError, match='layers of a student in `nn.DataParallel` cannot be hooked.*2 GPUs.*distrib_ctx'): learn.fit(1, cbs=KD(teacher, Attention, '0', '0'))
     assert same_state(wrapped, before) and n_hooks(wrapped, teacher) == 0
     several = nn.DataParallel(teacher)
     several.device_ids = [0,1]
