@@ -184,7 +184,7 @@ class _TrainedLosses:
         self.states = [{k:v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k,v in st.items()}
                        for p,st in zip(self.params, saved['states'] or [])] or None
 
-# %% ../nbs/03_callback.ipynb #c88c82e3
+# %% ../nbs/03_callback.ipynb #40671c42
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
@@ -263,7 +263,7 @@ class KnowledgeDistillationCallback(Callback):
                                                        'or train without with `learn.remove_cb(KnowledgeDistillationCallback)`.')
             student,teacher = unwrap_model(self.model),self._teacher.model
             if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
-                raise ValueError(f'Expected a teacher of its own, but {type(teacher).__name__} is the student or has weights in common with it. '
+                raise ValueError(f'Expected a teacher of its own, but {self._teacher} is the student or has weights in common with it. '
                                  'A `deepcopy` of the student would do.')
             if self._student is None or self._student() is not student: self._student,self._trained = weakref.ref(student),None
             for m in self.matches:
@@ -355,7 +355,8 @@ class KnowledgeDistillationCallback(Callback):
     def _check_finite(self, terms, features):
         "Raise for a loss that is not finite, unless the student's predictions are not either: then all goes as it would without a teacher"
         if not get_logits(self.pred).isfinite().all(): return
-        m,l,(s,t) = next(o for o in zip(self.matches, terms, features) if not o[1].isfinite())
+        found = list(zip(self.matches, terms, features))
+        m,l,(s,t) = next((o for o in found if not o[1].isfinite()), found[0])
         whose = [who for who,o in (('the teacher\'s answer',t),('the student\'s features',s)) if not all(x.isfinite().all() for x in o)]
         raise ValueError(f'{m} is {l.item()}' + (f', as {" and ".join(whose)} is not finite' if whose else ', though what it compares is finite'))
 
