@@ -120,6 +120,8 @@ def test_language_model(texts):
     n = len(dls.train)
     assert n > 1 and hidden == [True] + [False]*(n-1) + [True] + [False]*(n-1) + [True]     # at the start of each epoch, as the student's; the last is this test's own
     assert first.parts['kd_loss'] == pytest.approx(kl(first.s, answer, axis=-1), rel=1e-3)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=KD(teacher, SoftTarget(axis=-1)))
+    assert not any(h.any() for layer in teacher.model[0].hidden for h in layer)     # forgotten at the end
 
 def test_regularisation_of_recurrent_students_is_part_of_the_task(texts):
     "Weight 0 is the plain fit bit for bit, with AR and TAR on"
