@@ -14,7 +14,7 @@ import torch
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
 from fastai.callback.all import *
 from torchvision import models
-from fastdistill.all import Attention, KnowledgeDistillationCallback, SoftTarget
+from fastdistill.all import Attention, KnowledgeDistillationCallback, SoftTarget, Teacher
 from timing import machine, peak_mb, time_rounds
 
 layers = [f'layer{i}' for i in range(1,5)]
@@ -40,7 +40,10 @@ def callbacks(args):
     "Row -> function that makes the callback of its fit"
     rows = {'student alone': lambda: None,
             'SoftTarget': lambda: KnowledgeDistillationCallback(make_teacher(args), SoftTarget),
-            'Attention, 4 layers': lambda: KnowledgeDistillationCallback(make_teacher(args), Attention, layers, layers, weight=0.9)}
+            'Attention, 4 layers': lambda: KnowledgeDistillationCallback(make_teacher(args), Attention, layers, layers, weight=0.9),
+            'Attention, layers 1 and 2': lambda: KnowledgeDistillationCallback(make_teacher(args), Attention, layers[:2], layers[:2], weight=0.9),
+            'SoftTarget, fast teacher': lambda: KnowledgeDistillationCallback(Teacher(make_teacher(args), fast=True), SoftTarget),
+            'Attention, 4 layers, fast teacher': lambda: KnowledgeDistillationCallback(Teacher(make_teacher(args), fast=True), Attention, layers, layers, weight=0.9)}
     if args.peers:
         import fasterai.distill.all as fa
         rows['fasterai SoftTarget'] = lambda: fa.KnowledgeDistillationCallback(make_teacher(args), fa.SoftTarget)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Match', 'KnowledgeDistillationCallback']
 
-# %% ../nbs/03_callback.ipynb #fa2f62a2
+# %% ../nbs/03_callback.ipynb #4f3b1473
 import inspect, math, weakref
 from contextlib import contextmanager
 from copy import deepcopy
@@ -28,7 +28,7 @@ from torch import distributed, nn, Tensor
 from torch.nn.modules.loss import _Loss
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from .layers import FeatureHooks, get_layer, unwrap_model
+from .layers import FeatureHooks, StopForward, get_layer, is_compiled, stop_after, unwrap_model
 from .losses import Projected, SoftTarget, full_precision
 from .teacher import Ensemble, Teacher, as_teacher, get_logits
 
@@ -184,13 +184,14 @@ class _TrainedLosses:
         self.states = [{k:v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k,v in st.items()}
                        for p,st in zip(self.params, saved['states'] or [])] or None
 
-# %% ../nbs/03_callback.ipynb #40671c42
+# %% ../nbs/03_callback.ipynb #dc4a59bb
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
     _stateattrs = ('_teacher','_hooks','_answer','_parts','_smooth','_first_buffers','_student','_trained','_saved','_kept')   # not pickled: what leaves is the student
     _learn = _teacher = _answer = _parts = _smooth = _student = _trained = _saved = _kept = None
     _hooks = _columns = _first_buffers = ()
+    _whole = False   # has the teacher run through with these hooks?
     def __init__(self,
         teacher, # Trained model: an `nn.Module`, a `Learner` or a `Teacher`, or a list of them, an ensemble; it is left as it was found
         loss=SoftTarget, # A loss (class, `partial`, instance or function), a `Match`, or a list of these, which are summed
@@ -273,7 +274,14 @@ class KnowledgeDistillationCallback(Callback):
 
     def after_pred(self):
         "Let the teacher answer what the student was asked"
-        with self._undo_on_error('batch'): self._answer = self._teacher(*self.xb)
+        with self._undo_on_error('batch'):
+            hooks = self._hooks[1::2]
+            if self._teacher.choose(*self.xb):
+                for h in hooks: h.clear()
+            try: self._answer = self._teacher(*self.xb)
+            except StopForward: return   # all that the losses look at has been captured
+            if not self._whole and all(m.teacher_layers for m in self.matches) and not is_compiled(self._teacher.model): stop_after(hooks)
+            self._whole = True
 
     def after_loss(self):
         "Make the loss the whole objective"
@@ -384,7 +392,7 @@ class KnowledgeDistillationCallback(Callback):
     def after_train(self):
         "Remove the hooks: validation is the task's own"
         for h in self._hooks: h.remove()
-        self._hooks = ()
+        self._hooks,self._whole = (),False
 
     def after_fit(self):
         "Leave everything as it was found"

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['get_logits', 'Teacher', 'Ensemble', 'as_teacher']
 
-# %% ../nbs/02_teacher.ipynb #319ed231
-import math
+# %% ../nbs/02_teacher.ipynb #944732e5
+import math, time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from itertools import product
 import torch
 from fastai.learner import Learner
-from fastai.torch_core import one_param
+from fastai.torch_core import one_param, rank_distrib
 from fastcore.basics import listify
 from fastcore.xtras import is_listy, modify_exception
 from torch import nn, Tensor
@@ -35,34 +36,43 @@ def _describe(out):
     if isinstance(out, Tensor): return f'{tuple(out.shape)} {out.dtype}'.replace('torch.', '')
     return f'{type(out).__name__} of {len(out)} items' if isinstance(out, (tuple,list)) else type(out).__name__
 
-# %% ../nbs/02_teacher.ipynb #d7e8c0c3
+# %% ../nbs/02_teacher.ipynb #201095a2
 class Teacher:
     "A frozen model that answers batches between `start` and `stop`, and is then left as it was found"
     def __init__(self,
         model, # `nn.Module`, or a `Learner`, of which only the model is kept
         input_tfm=None, # Function from the inputs of a batch to the model's, for a model that expects another normalisation or size; a tuple for several
+        dtype:torch.dtype=None, # Precision of its forward pass, `torch.bfloat16` for example, by autocast; the student's by default
+        channels_last:bool=False, # Lay out its weights and images as convolutions often have it faster, for the time of the fit?
+        fast:bool=False, # Choose both by timing the first batch, and print what was chosen?
+        tolerance:float=0.05, # How far logits may differ from those in float32 for `fast` to take it, as a share of their standard deviation
     ):
         if isinstance(model, Learner): model = model.model
         if not isinstance(model, nn.Module):
             raise TypeError(f'Expected the teacher to be an `nn.Module` or a `Learner`, but got {type(model).__name__}')
         if not (input_tfm is None or callable(input_tfm)): raise TypeError(f'Expected input_tfm to be a function of the inputs, but got {input_tfm!r}')
-        self.model,self.input_tfm,self.found,self.resets = model,input_tfm,None,False
+        if not (dtype is None or isinstance(dtype, torch.dtype) and dtype.is_floating_point): raise TypeError(f'Expected dtype to be a floating-point type such as `torch.bfloat16`, but got {dtype!r}')
+        if fast and (dtype or channels_last): raise ValueError('Expected either fast=True, which chooses dtype and channels_last, or a choice of these')
+        self.model,self.input_tfm,self.dtype,self.channels_last,self.fast,self.tolerance = model,input_tfm,dtype,channels_last,fast,tolerance
+        self.found,self.resets = None,False
 
     def start(self,
         device, # Device on which batches will come
         reset:bool=False, # Forget the hidden state of a recurrent model, now and at the end, as fastai's `ModelResetter` does with the student's?
     ):
         "Remember how the model is, then put it on `device` and in evaluation mode"
-        if self.found is None: self.found = self.device,{m:m.training for m in self.model.modules()}
+        if self.found is None: self.found = self.device,{m:m.training for m in self.model.modules()},self._is_channels_last()
         self.model.to(device).eval()
+        if self.channels_last: self._set(self.dtype, True)
         self.resets = reset
         self._reset()
 
     def stop(self):
         "Give the model its device and modes back"
         if self.found is None: return
-        (device,modes),self.found = self.found,None
+        (device,modes,channels_last),self.found = self.found,None
         self._reset()
+        if self.channels_last and not channels_last: self.model.to(memory_format=torch.contiguous_format)
         if device is not None: self.model.to(device)
         for m,training in modes.items(): m.training = training
 
@@ -72,6 +82,8 @@ class Teacher:
     ) -> Tensor: # The model's logits, without a graph
         "Answer a batch; an error in the model's forward pass says what it was asked"
         if self.input_tfm is not None: xb = tuple(listify(self.input_tfm(*xb)))
+        if self.channels_last: xb = [x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.ndim == 4 else x for x in xb]
+        if self.dtype == torch.float32: xb = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in xb]
         try:
             with self._precision(xb): out = self.model(*xb)
         except Exception as e:
@@ -80,9 +92,57 @@ class Teacher:
         return get_logits(out)
 
     def _precision(self, xb):
-        "Half-precision inputs, as `NonNativeMixedPrecision` makes them, are answered in their precision by a float32 model"
-        x = next((x for x in xb if isinstance(x, Tensor) and x.dtype in (torch.float16,torch.bfloat16)), None)
-        return nullcontext() if x is None or (p := one_param(self.model)) is None or p.dtype == x.dtype else torch.autocast(x.device.type, x.dtype)
+        "Its own precision; else half-precision inputs, as `NonNativeMixedPrecision` makes them, are answered in theirs by a float32 model"
+        x = next((x for x in xb if isinstance(x, Tensor) and x.is_floating_point()), None)
+        device = x.device if x is not None else self.device or torch.device('cpu')
+        if self.dtype: return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
+        own = one_param(self.model)
+        if x is None or own is None or own.dtype == x.dtype or x.dtype == torch.float32: return nullcontext()
+        return torch.autocast(device.type, x.dtype)
+
+    def choose(self,
+        *xb, # All inputs of a batch
+    ) -> bool: # Whether there was anything to choose, which takes forward passes of the model
+        "With `fast=True` time this batch in float32 and bfloat16, channels last and not, and take the fastest way whose logits are close enough"
+        if not self.fast: return False
+        images = any(isinstance(x, Tensor) and x.ndim == 4 for x in xb)
+        plain,*others = product((None,torch.bfloat16), (False,True) if images else (False,))
+        self.dtype = torch.float32
+        want = self(*xb).float()
+        times,errors = {plain:[]},{}
+        for w in (plain,*others)*4:     # in turns; the first time warms up
+            try: time_,got = self._time(w, xb)
+            except Exception:
+                if w == plain: raise
+                continue     # a way that this model or machine does not know
+            times.setdefault(w, []).append(time_)
+            errors[w] = ((got.float() - want).abs().max() / want.std()).item()
+        times = {w:sorted(t[1:])[1] for w,t in times.items() if errors[w] <= self.tolerance or w == plain}
+        best = min(times, key=times.get)
+        self._set(*best)
+        self.fast = False
+        if not rank_distrib():
+            how = ' and '.join(['bfloat16']*(best[0] is not None) + ['channels last']*best[1]) or 'as it is'
+            print(f'Teacher {self}: {how}, {1e3*times[best]:.1f} ms for a batch instead of {1e3*times[plain]:.1f}; '
+                  f'logits differ by at most {errors[best]:.3f} of their standard deviation')
+        return True
+
+    def _time(self, way, xb):
+        self._set(*way)
+        def wait(): torch.cuda.synchronize() if any(isinstance(x, Tensor) and x.is_cuda for x in xb) else None
+        wait(); start = time.perf_counter()
+        got = self(*xb)
+        wait()
+        return time.perf_counter()-start,got
+
+    def _set(self, dtype, channels_last):
+        "Answer this way from now on; a model that was found with the channels last stays so"
+        self.dtype,self.channels_last = dtype,channels_last
+        if self.found and not self.found[2]: self.model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+    def _is_channels_last(self):
+        "Whether any weight of a convolution is laid out so already"
+        return any(p.ndim == 4 and not p.is_contiguous() for p in self.model.parameters())
 
     def _reset(self):
         if self.resets: getattr(self.model, 'reset', lambda: None)()
@@ -95,7 +155,7 @@ class Teacher:
 
     def __repr__(self): return type(self.model).__name__
 
-# %% ../nbs/02_teacher.ipynb #614c7b74
+# %% ../nbs/02_teacher.ipynb #0c192adb
 class Ensemble(Teacher):
     "Several teachers that answer as one: with the mean of their logits"
     def __init__(self,
@@ -120,6 +180,12 @@ class Ensemble(Teacher):
     def stop(self):
         "Stop each of them"
         for t in self.teachers[::-1]: t.stop()   # of a model that is there twice the first knows how it was
+
+    def choose(self,
+        *xb, # All inputs of a batch
+    ) -> bool: # Whether any had to
+        "Let those with `fast=True` choose"
+        return any([t.choose(*xb) for t in self.teachers])
 
     def __call__(self,
         *xb, # All inputs of a batch
