@@ -184,14 +184,13 @@ class _TrainedLosses:
         self.states = [{k:v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k,v in st.items()}
                        for p,st in zip(self.params, saved['states'] or [])] or None
 
-# %% ../nbs/03_callback.ipynb #dc4a59bb
+# %% ../nbs/03_callback.ipynb #3341fc83
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
     _stateattrs = ('_teacher','_hooks','_answer','_parts','_smooth','_first_buffers','_student','_trained','_saved','_kept')   # not pickled: what leaves is the student
     _learn = _teacher = _answer = _parts = _smooth = _student = _trained = _saved = _kept = None
     _hooks = _columns = _first_buffers = ()
-    _whole = False   # has the teacher run through with these hooks?
     def __init__(self,
         teacher, # Trained model: an `nn.Module`, a `Learner` or a `Teacher`, or a list of them, an ensemble; it is left as it was found
         loss=SoftTarget, # A loss (class, `partial`, instance or function), a `Match`, or a list of these, which are summed
@@ -280,8 +279,7 @@ class KnowledgeDistillationCallback(Callback):
                 for h in hooks: h.clear()
             try: self._answer = self._teacher(*self.xb)
             except StopForward: return   # all that the losses look at has been captured
-            if not self._whole and all(m.teacher_layers for m in self.matches) and not is_compiled(self._teacher.model): stop_after(hooks)
-            self._whole = True
+            if all(m.teacher_layers for m in self.matches) and not is_compiled(self._teacher.model): stop_after(hooks)
 
     def after_loss(self):
         "Make the loss the whole objective"
@@ -392,7 +390,7 @@ class KnowledgeDistillationCallback(Callback):
     def after_train(self):
         "Remove the hooks: validation is the task's own"
         for h in self._hooks: h.remove()
-        self._hooks,self._whole = (),False
+        self._hooks = ()
 
     def after_fit(self):
         "Leave everything as it was found"

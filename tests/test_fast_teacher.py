@@ -21,21 +21,23 @@ def test_precision_and_layout(teacher, dtype, channels_last):
     x,before,layout,seen = torch.randn(4,2,8,8),state(teacher),strides(teacher),[]
     want = deepcopy(teacher).eval()(x)
     fast = Teacher(teacher, dtype=dtype, channels_last=channels_last)
-    handle = teacher.register_forward_hook(lambda m,i,o: seen.append((o.dtype, m[0][0].weight.is_contiguous(memory_format=torch.channels_last))))
+    def last(t): return t.is_contiguous(memory_format=torch.channels_last)
+    handle = teacher.register_forward_hook(lambda m,i,o: seen.append((o.dtype, last(m[0][0].weight), last(i[0]))))
     fast.start('cpu')
     got = fast(x)
     fast.stop()
     handle.remove()
     eps = {torch.bfloat16:5e-2,torch.float16:1e-2}.get(dtype, 1e-5)
     torch.testing.assert_close(got.float(), want, rtol=eps, atol=eps)
-    assert seen == [(dtype or torch.float32, channels_last)] and same_state(teacher, before) and strides(teacher) == layout and teacher.training
+    assert seen == [(dtype or torch.float32, channels_last, channels_last)] and same_state(teacher, before) and strides(teacher) == layout and teacher.training
 
 def test_a_teacher_found_with_the_channels_last_stays_so(teacher):
     teacher.to(memory_format=torch.channels_last)
     layout = strides(teacher)
-    for kw in (dict(channels_last=True), {}, dict(fast=True, tolerance=1e9)):
-        learner().fit(1, cbs=KD(Teacher(teacher, **kw)))
+    for fast in (Teacher(teacher, channels_last=True), Teacher(teacher), Teacher(Sleeps(teacher, last_ms=30), fast=True)):
+        learner().fit(1, cbs=KD(fast))
         assert strides(teacher) == layout
+    assert not fast.channels_last     # chosen against, and still the weights' own layout
 
 def test_full_precision_beside_a_student_in_half(teacher):
     x = torch.randn(4,2,8,8)
@@ -61,16 +63,16 @@ def test_bad_choice(teacher, kw, ex, msg):
 # --- fast=True ---
 
 class Sleeps(nn.Module):
-    "Takes `ms` longer in float32; in bfloat16 its logits are `off` by so much, or it fails"
-    def __init__(self, model, ms=0, half_ms=0, off=0., fails=False):
+    "Takes `ms` longer in float32, `last_ms` with the channels last; in bfloat16 its logits are `off` by so much, or it fails"
+    def __init__(self, model, ms=0, half_ms=0, last_ms=0, off=0., fails=False):
         super().__init__()
-        self.model,self.ms,self.half_ms,self.off,self.fails = model,ms,half_ms,off,fails
+        self.model,self.ms,self.half_ms,self.last_ms,self.off,self.fails = model,ms,half_ms,last_ms,off,fails
         self.calls = 0
     def forward(self, x):
         half = torch.is_autocast_enabled('cpu')
         self.calls += 1
         if half and self.fails: raise RuntimeError('no such kernel')
-        time.sleep((self.half_ms if half else self.ms)/1000)
+        time.sleep(((self.half_ms if half else self.ms) + self.last_ms*(not x.is_contiguous()))/1000)
         out = self.model(x)
         return out + self.off*out.float().std() if half else out
 
@@ -119,6 +121,27 @@ def counted(width=8):
     model = net(width)
     model.add_module('5', Ran())
     return model
+
+def test_a_fast_teacher_ends_early_too():
+    teacher = counted()
+    fast = Teacher(teacher, fast=True)
+    learn = learner()
+    learn.fit(1, cbs=KD(fast, Attention, '0', '0'))
+    teacher[5].n = 0
+    learn.fit(2, cbs=KD(fast, Attention, '0', '0'))
+    assert teacher[5].n == 2
+    fast.fast,teacher[5].n = True,0     # the passes that choose do not count as a layer's second run
+    learn.fit(1, cbs=KD(fast, Attention, '0', '0'))
+    assert teacher[5].n == 1 + 16 + 1     # float32 to compare with, four ways four times, the first batch
+
+def test_a_compiled_teacher_runs_through(teacher):
+    "An exception in the middle of compiled code would have it compiled again"
+    ends = []
+    cb = Callback(after_loss=lambda self: ends.append(self.knowledge_distillation._hooks[1][0].last_of) if self.training else None)
+    cb.order = KD.order - .5
+    for t in (teacher, torch.compile(teacher, backend='eager')): learner(cbs=cb).fit(1, cbs=KD(t, Attention, '0', '0'))
+    torch.compiler.reset()
+    assert all(ends[:3]) and ends[3:] == [()]*3
 
 @pytest.mark.parametrize('layers', [['0'],['1','0'],['0','0'],['0','0.2']])
 def test_forward_ends_behind_the_last_layer(layers):
