@@ -25,6 +25,7 @@ def parse():
     p.add_argument('--student', default='resnet18', help='likewise')
     p.add_argument('--batch', type=int, default=64)
     p.add_argument('--size', type=int, default=64, help='pixels')
+    p.add_argument('--classes', type=int, default=10)
     p.add_argument('--device', default='cpu')
     p.add_argument('--precision', default='fp32', choices=['fp32','fp16','bf16'], help='fp16 and bf16: mixed, on a GPU')
     p.add_argument('--rounds', type=int, default=20)
@@ -34,7 +35,7 @@ def parse():
     if args.precision != 'fp32' and args.device == 'cpu': p.error("fastai's mixed precision needs a GPU")
     return args
 
-def make_teacher(args): return getattr(models, args.teacher)(num_classes=10).to(args.device)
+def make_teacher(args): return getattr(models, args.teacher)(num_classes=args.classes).to(args.device)
 
 def callbacks(args):
     "Row -> function that makes the callback of its fit"
@@ -52,14 +53,14 @@ def callbacks(args):
 
 def make_batch(args):
     gen = torch.Generator().manual_seed(0)
-    x,y = torch.randn(args.batch, 3, args.size, args.size, generator=gen),torch.randint(10, (args.batch,), generator=gen)
+    x,y = torch.randn(args.batch, 3, args.size, args.size, generator=gen),torch.randint(args.classes, (args.batch,), generator=gen)
     return x.to(args.device),y.to(args.device)
 
 def training_step(args, cb, batch):
     "Function that trains one batch in a learner stopped in the middle of its first epoch"
     torch.manual_seed(0)
     dls = DataLoaders([batch], [batch], device=torch.device(args.device))
-    learn = Learner(dls, getattr(models, args.student)(num_classes=10).to(args.device), loss_func=CrossEntropyLossFlat(), cbs=cb)
+    learn = Learner(dls, getattr(models, args.student)(num_classes=args.classes).to(args.device), loss_func=CrossEntropyLossFlat(), cbs=cb)
     if args.precision != 'fp32': getattr(learn, f'to_{args.precision}')()
     learn.remove_cb(ProgressCallback)
     learn.logger = lambda *_: None
