@@ -36,7 +36,7 @@ def _describe(out):
     if isinstance(out, Tensor): return f'{tuple(out.shape)} {out.dtype}'.replace('torch.', '')
     return f'{type(out).__name__} of {len(out)} items' if isinstance(out, (tuple,list)) else type(out).__name__
 
-# %% ../nbs/02_teacher.ipynb #201095a2
+# %% ../nbs/02_teacher.ipynb #7843e990
 class Teacher:
     "A frozen model that answers batches between `start` and `stop`, and is then left as it was found"
     def __init__(self,
@@ -107,7 +107,7 @@ class Teacher:
         if not self.fast: return False
         images = any(isinstance(x, Tensor) and x.ndim == 4 for x in xb)
         plain,*others = product((None,torch.bfloat16), (False,True) if images else (False,))
-        self.dtype = torch.float32
+        if (p := one_param(self.model)) is None or p.dtype == torch.float32: self.dtype = torch.float32
         want = self(*xb).float()
         times,errors = {plain:[]},{}
         for w in (plain,*others)*4:     # in turns; the first time warms up
@@ -117,9 +117,10 @@ class Teacher:
                 continue     # a way that this model or machine does not know
             times.setdefault(w, []).append(time_)
             errors[w] = ((got.float() - want).abs().max() / want.std()).item()
-        times = {w:sorted(t[1:])[1] for w,t in times.items() if errors[w] <= self.tolerance or w == plain}
+        times = {w:sorted(t[1:])[1] for w,t in times.items() if w == plain or len(t) == 4 and errors[w] <= self.tolerance}
         best = min(times, key=times.get)
         self._set(*best)
+        self._reset()     # a recurrent model has moved on
         self.fast = False
         if not rank_distrib():
             how = ' and '.join(['bfloat16']*(best[0] is not None) + ['channels last']*best[1]) or 'as it is'
@@ -129,8 +130,11 @@ class Teacher:
 
     def _time(self, way, xb):
         self._set(*way)
-        def wait(): torch.cuda.synchronize() if any(isinstance(x, Tensor) and x.is_cuda for x in xb) else None
-        wait(); start = time.perf_counter()
+        cuda = any(isinstance(x, Tensor) and x.is_cuda for x in xb)
+        def wait():
+            if cuda: torch.cuda.synchronize()
+        wait()
+        start = time.perf_counter()
         got = self(*xb)
         wait()
         return time.perf_counter()-start,got

@@ -1,7 +1,7 @@
 "Small real and made data, small networks, quiet learners."
 import matplotlib
 matplotlib.use('agg')
-import warnings
+import socket, warnings
 import pytest, torch
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, TfmdDL, accuracy, set_seed
 from hypothesis import settings
@@ -52,6 +52,18 @@ def n_hooks(*models): return sum(len(m._forward_hooks) + len(m._forward_pre_hook
 def state(model): return {k:v.clone() for k,v in model.state_dict().items()}
 
 def same_state(model, before): return all(torch.equal(v, before[k]) for k,v in model.state_dict().items())
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+@pytest.fixture
+def dynamo():
+    "What is compiled starts anew, and is forgotten"
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 @pytest.fixture(autouse=True)
 def _seed(): set_seed(0, reproducible=True)

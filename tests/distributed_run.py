@@ -8,6 +8,7 @@ from fastai.torch_core import num_distrib, rank_distrib
 from torch import nn
 from conftest import data, loaders, n_hooks
 from fastdistill.all import *
+from fastdistill.cli import _start_processes
 
 scenarios = {'plain': lambda n: [], 'accumulate': lambda n: [GradientAccumulation(n)], 'clip': lambda n: [GradientClip(0.05)]}
 
@@ -47,14 +48,7 @@ def fit(out, scenario, start=None):
                 hooks=steps.hooks, hooks_left=n_hooks(student, teacher), plain=learn.model is student, names=list(learn.recorder.metric_names), values=[list(map(float, v)) for v in learn.recorder.values])
 
 if __name__ == '__main__':
-    from accelerate import PartialState
-    from fastai.distributed import DistributedDL
-    PartialState(cpu=True)
-    def broadcast(self, idxs, rank):     # fastai's goes by way of a GPU
-        idxs = torch.tensor(idxs)
-        torch.distributed.broadcast(idxs, rank)
-        return idxs.tolist()
-    DistributedDL._broadcast = broadcast
+    _start_processes()
     out,*names = sys.argv[1:]
     for name in names: torch.save(fit(out, name), f'{out}/{name}_{rank_distrib()}.pth')
     torch.distributed.destroy_process_group()

@@ -1,8 +1,9 @@
 "The command as a user calls it: on the digits, on a folder of images, and on what it cannot use."
-import inspect, os, re, socket, subprocess, sys
+import inspect, os, re, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import load_learner, set_seed
+from conftest import free_port
 from PIL import Image
 from torchvision import models
 from fastdistill import cli
@@ -45,11 +46,6 @@ def test_digits(run, tmp_path):
     assert 'gain over scratch' in out and f'{table.accuracy[0]:.3f}' in out
     learn = load_learner(tmp_path/'new'/'folder'/'student-SoftTarget.pkl')
     with learn.no_bar(): assert learn.predict(np.zeros(65, dtype=np.float32))[0] in list('0123456789')
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
 
 def test_several_processes(tmp_path):
     "Under `accelerate launch`: they train together, and the first alone prints and writes"

@@ -1,23 +1,18 @@
 "Two processes on the CPU: the gradients of one process with the joined batch, projectors in step, one voice."
-import os, socket, subprocess, sys
+import os, subprocess, sys
 from copy import deepcopy
 from pathlib import Path
 import pytest, torch
 from fastai.basics import SGD
 from torch import nn
 import distributed_run
-from conftest import learner, n_hooks, net, same_state, state
+from conftest import free_port, learner, n_hooks, net, same_state, state
 from fastdistill.all import *
 from test_callback import Gradients, close, one_batch
 
 KD = KnowledgeDistillationCallback
 here = Path(__file__).parent
 script = str(here/'distributed_run.py')
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return str(s.getsockname()[1])
 
 def start(*args):
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(here), *sys.path]), PYTHONWARNINGS='ignore', OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='')

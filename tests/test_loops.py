@@ -269,12 +269,6 @@ def test_features_without_a_graph_are_refused(teacher, kind):
     assert same_state(student, before) and n_hooks(student, teacher) == 0
     learn.fit(1, cbs=KD(teacher))     # on predictions it works
 
-@pytest.fixture
-def dynamo():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
 def test_compiled_student(teacher, dynamo):
     "The same steps as without compiling, features and all, over several epochs"
     states = []

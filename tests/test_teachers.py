@@ -77,12 +77,6 @@ def test_exported_and_loaded_learner(tmp_path):
     loaded = load_learner(tmp_path/'teacher.pkl')
     distils(loaded, loaded.model, one_batch(), net())
 
-@pytest.fixture
-def dynamo():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
 def test_compiled(teacher, dynamo):
     distils(torch.compile(teacher, backend='eager'), teacher, one_batch(), net())
 
