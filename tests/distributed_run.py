@@ -4,13 +4,13 @@ from functools import partial
 import torch
 from fastai.basics import Callback, CrossEntropyLossFlat, Learner, SGD, accuracy, set_seed
 from fastai.callback.all import GradientAccumulation, GradientClip
-from fastai.torch_core import num_distrib, rank_distrib
+from fastai.torch_core import distrib_barrier, num_distrib, rank_distrib
 from torch import nn
 from conftest import data, loaders, n_hooks
 from fastdistill.all import *
 from fastdistill.cli import _start_processes
 
-scenarios = {'plain': lambda n: [], 'accumulate': lambda n: [GradientAccumulation(n)], 'clip': lambda n: [GradientClip(0.05)]}
+scenarios = {'plain': lambda n: [], 'accumulate': lambda n: [GradientAccumulation(n)], 'clip': lambda n: [GradientClip(0.05)], 'loaded': lambda n: []}
 
 def conv_net(width):
     "Without batch norm: the gradient of a batch is the mean of its halves' gradients"
@@ -21,12 +21,12 @@ class Steps(Callback):
     order = 100
     def before_fit(self): self.grads,self.start,self.hooks = [],None,set()
     def before_backward(self):
-        self.hooks.add(n_hooks(self.model))
+        self.hooks.add((type(self.model).__name__,n_hooks(unwrap_model(self.model))))
         if self.start is None: self.start = {k:v.clone() for k,v in self.knowledge_distillation._trained.losses.state_dict().items()}
     def before_step(self): self.grads.append([p.grad.clone() for g in self.opt.param_lists for p in g])
 
-def fit(out, scenario, start=None):
-    "Start: what the projectors of the distributed fit started from"
+def fit(out, scenario, saved=None):
+    "Saved: the file from which the projectors start"
     set_seed(0, reproducible=True)
     items,bs = data(16, 16, shuffle=False).train.dataset,4
     if num_distrib() < 2:     # each process has a half: the first batches of both are one batch here
@@ -34,9 +34,7 @@ def fit(out, scenario, start=None):
     student,teacher = conv_net(4),conv_net(8)
     learn,steps = Learner(loaders(items, items, bs, shuffle=False), student, loss_func=CrossEntropyLossFlat(), metrics=accuracy, opt_func=partial(SGD, mom=0.9)),Steps()
     kd = KnowledgeDistillationCallback(teacher, [SoftTarget, Match(VID, ['1','3'], ['1','3']), Match(Attention, '3', '3')])
-    if start:
-        torch.save(dict(losses=start, states=None), f'{out}/start.pth')
-        kd.load(f'{out}/start.pth')
+    if saved: kd.load(saved)
     torch.manual_seed(rank_distrib())     # the processes draw different projectors
     cbs = [kd, steps, *scenarios[scenario](2*bs)]
     with learn.no_bar():
@@ -44,11 +42,12 @@ def fit(out, scenario, start=None):
         else:
             with learn.distrib_ctx(sync_bn=False): learn.fit(2, 0.1, cbs=cbs)
     kd.save(f'{out}/kd_{scenario}_{rank_distrib()}.pth')
+    distrib_barrier()     # now it is there for all to load
     return dict(grads=steps.grads, start=steps.start, student=student.state_dict(), projectors=kd._trained.losses.state_dict(), momenta=[s['grad_avg'] for s in kd._trained.states],
                 hooks=steps.hooks, hooks_left=n_hooks(student, teacher), plain=learn.model is student, names=list(learn.recorder.metric_names), values=[list(map(float, v)) for v in learn.recorder.values])
 
 if __name__ == '__main__':
     _start_processes()
     out,*names = sys.argv[1:]
-    for name in names: torch.save(fit(out, name), f'{out}/{name}_{rank_distrib()}.pth')
+    for name in names: torch.save(fit(out, name, f'{out}/kd_plain_0.pth' if name == 'loaded' else None), f'{out}/{name}_{rank_distrib()}.pth')
     torch.distributed.destroy_process_group()

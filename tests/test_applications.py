@@ -1,10 +1,9 @@
 "One small real fit of each kind of data, on data that the test makes, through fastai's own loaders and learners."
-from functools import partial
+from copy import deepcopy
 import numpy as np, pandas as pd, pytest, torch
-import torch.nn.functional as F
-from fastai.basics import (BCEWithLogitsLossFlat, Callback, CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat, RandomSplitter, SGD, accuracy, accuracy_multi,
-                           set_seed, tensor)
-from fastai.callback.rnn import ModelResetter
+from fastai.basics import (BCEWithLogitsLossFlat, Callback, CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat, RandomSplitter, accuracy, accuracy_multi,
+                           set_seed)
+from fastai.callback.rnn import ModelResetter, RNNCallback
 from PIL import Image
 from torch import nn
 from conftest import n_hooks, same_state, state
@@ -25,6 +24,20 @@ def kl(s, t, T=5., axis=1):
     s,t = (np.moveaxis(o.detach().cpu().numpy().astype(np.float64), axis, -1).reshape(-1, o.shape[axis])/T for o in (s,t))
     ls,lt = (o - np.log(np.exp(o - o.max(1, keepdims=True)).sum(1, keepdims=True)) - o.max(1, keepdims=True) for o in (s,t))
     return T*T*(np.exp(lt)*(lt-ls)).sum(1).mean()
+
+def attention(s, t):
+    "Squared difference of the maps' unit vectors, in NumPy and float64"
+    s,t = (o.square().mean(1).flatten(1).cpu().numpy().astype(np.float64) for o in (s,t))
+    s,t = (o/np.sqrt((o*o).sum(1, keepdims=True)) for o in (s,t))
+    return ((s-t)**2).mean()
+
+def features(model, names, x):
+    "What these layers of the model return, kept by PyTorch's own hooks"
+    seen,layers = {},dict(model.named_modules())
+    handles = [layers[n].register_forward_hook(lambda m,i,o,n=n: seen.update({n:o.clone()})) for n in names]
+    with torch.no_grad(): model(*x)
+    for h in handles: h.remove()
+    return [seen[n] for n in names]
 
 def fits(learn, kd, model, epochs=1):
     "Fit, and check what holds for every kind of data; returns the first batch and the teacher's answer to it"
@@ -56,16 +69,17 @@ def pictures(tmp_path_factory):
 def test_vision(pictures):
     from fastai.vision.all import ImageDataLoaders, Normalize, aug_transforms, imagenet_stats, vision_learner
     from torchvision.models import resnet18
-    dls = ImageDataLoaders.from_folder(pictures, valid_pct=.33, seed=0, bs=8, num_workers=0, batch_tfms=[*aug_transforms(size=32), Normalize.from_stats(*imagenet_stats)],
+    dls = ImageDataLoaders.from_folder(pictures, valid_pct=.33, seed=0, bs=8, num_workers=0, batch_tfms=[*aug_transforms(size=64), Normalize.from_stats(*imagenet_stats)],
                                        device=torch.device('cpu'))
     teacher = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy)
     learn = Learner(dls, resnet18(num_classes=2), metrics=accuracy)
-    stages = [f'layer{i}' for i in range(1,5)]
-    assert set(stages) <= set(get_model_layers(learn.model)) and {f'0.{i}' for i in range(4,8)} <= set(get_model_layers(teacher.model))
-    first,answer = fits(learn, KD(teacher, [SoftTarget, Match(Attention, stages[:3], ['0.4','0.5','0.6'], weight=0.)]), teacher.model)
-    assert first.parts['kd_loss'] == pytest.approx(kl(first.s, answer), rel=1e-3)
+    stages,blocks,found = [f'layer{i}' for i in range(1,5)],[f'0.{i}' for i in range(4,8)],deepcopy(learn.model).train()
+    assert set(stages) <= set(get_model_layers(learn.model)) and set(blocks) <= set(get_model_layers(teacher.model))
+    first,answer = fits(learn, KD(teacher, [SoftTarget, Match(Attention, stages, blocks, weight=9.)]), teacher.model)
+    maps = [attention(*o) for o in zip(features(found, stages, first.x), features(teacher.model, blocks, first.x), strict=True)]
+    assert min(maps) > 1e-4 and first.parts['kd_loss'] == pytest.approx(kl(first.s, answer) + 9*sum(maps), rel=1e-3)
     learn.predict(next((pictures/'red').iterdir()))
-    fits(learn, KD(teacher, Attention, stages[:3], ['0.4','0.5','0.6'], weight=.9), teacher.model)
+    fits(learn, KD(teacher, Attention, stages, blocks, weight=.9), teacher.model)
 
 def test_tabular():
     from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
@@ -100,8 +114,10 @@ def test_text_classification(texts):
     dls = TextDataLoaders.from_df(texts, valid_pct=.25, seed=0, text_col='text', label_col='label', bs=10, seq_len=8, tok_tfm=BaseTokenizer(), num_workers=0,
                                   device=torch.device('cpu'))
     teacher,learn = (text_learner(text_classifier_learner, dls, n) for n in (12,6))
-    assert any(isinstance(cb, ModelResetter) for cb in learn.cbs)
-    fits(learn, KD(teacher), teacher.model)
+    assert all(any(isinstance(cb, c) for cb in learn.cbs) for c in (ModelResetter,RNNCallback)) and isinstance(teacher.model(*dls.train.one_batch()[:1]), tuple)
+    list(teacher.model[1].modules())[-1].weight.data *= 10     # logits that tell something
+    first,answer = fits(learn, KD(teacher), teacher.model)
+    assert first.parts['kd_loss'] == pytest.approx(kl(first.s, answer), rel=1e-3)
 
 def test_language_model(texts):
     from fastai.text.all import language_model_learner
@@ -146,12 +162,16 @@ def test_segmentation():
     block = DataBlock(blocks=(ImageBlock,MaskBlock(codes=['back','thing'])), get_x=lambda i: PILImage.create(image(i)), get_y=lambda i: PILMask.create(mask(i)), splitter=RandomSplitter(seed=0))
     dls = block.dataloaders(list(range(10)), bs=4, num_workers=0, device=torch.device('cpu'))
     teacher = unet_learner(dls, resnet18, pretrained=False, n_out=2)
-    student = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    student = nn.Sequential(nn.Conv2d(3, 64, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(64, 8, 1), nn.PixelShuffle(2))
     learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(axis=1))
     first,answer = fits(learn, KD(teacher), teacher.model)
     assert first.s.shape == (4,2,32,32) and first.parts['kd_loss'] == pytest.approx(kl(first.s, answer), rel=1e-3)
     first,answer = fits(learn, KD(teacher, ChannelWise(T=2)), teacher.model)
     assert first.parts['kd_loss'] == pytest.approx(kl(first.s.flatten(0, 1).flatten(1), answer.flatten(0, 1).flatten(1), T=2), rel=1e-3)     # a distribution for each channel
+    found = deepcopy(student)
+    first,_ = fits(learn, KD(teacher, ChannelWise(T=2), '0', 'layers.0.0'), teacher.model)
+    (s,),(t,) = features(found, ['0'], first.x),features(teacher.model, ['layers.0.0'], first.x)
+    assert s.shape == t.shape == (4,64,16,16) and first.parts['kd_loss'] == pytest.approx(kl(s.flatten(0, 1).flatten(1), t.flatten(0, 1).flatten(1), T=2), rel=1e-3)
 
 def tabular(y):
     "DataLoaders of items of four numbers"

@@ -4,9 +4,9 @@ from functools import partial
 from types import SimpleNamespace
 import pytest, torch
 import torch.nn.functional as F
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, SGD, load_learner
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, load_learner
 from torch import nn
-from conftest import data, learner, n_hooks, net, same_state, state
+from conftest import learner, loaders, n_hooks, net, same_state, state
 from fastdistill.all import *
 from test_callback import close, exportable, grads_by_hand, Gradients, one_batch
 
@@ -63,12 +63,14 @@ def test_layers_of_transformers():
     model,student = vit(),vit()
     name = next(n for n in get_model_layers(model) if n.endswith('.1'))
     assert name in get_model_layers(student)
-    seen = []
-    def tokens(s, t): seen.append((tuple(s.shape),tuple(t.shape))); return (s-t).square().mean()
-    learn = Learner(images(), student, loss_func=lambda pred, y: F.cross_entropy(get_logits(pred), y))
+    seen,dls = [],images()
+    def tokens(s, t): seen.append((tuple(s.shape),tuple(t.shape),(s-t).square().mean())); return seen[-1][2]
+    learn = Learner(dls, student, loss_func=lambda pred, y: F.cross_entropy(get_logits(pred), y))
     before = state(student)
+    with torch.no_grad(): s,t = (m(dls.train.one_batch()[0], output_hidden_states=True).hidden_states[2] for m in (deepcopy(student).train(),deepcopy(model).eval()))
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=KD(model, [SoftTarget, Match(tokens, name, name)]))
-    assert set(seen) == {((4,17,16),(4,17,16))} and not same_state(student, before)
+    assert {o[:2] for o in seen} == {((4,17,16),(4,17,16))} and not same_state(student, before)
+    assert seen[0][2].item() == pytest.approx((s-t).square().mean().item(), rel=1e-4)     # as the library itself hands them out
 
 def test_exported_and_loaded_learner(tmp_path):
     learn = learner(net(8), exportable(), path=tmp_path)
@@ -140,6 +142,31 @@ def test_input_tfm():
     def larger(x): return F.interpolate(x*.5 + .2, size=64)
     distils(Teacher(model, input_tfm=larger), model, dls, small(), inputs=larger(dls.train.one_batch()[0]))
 
+def test_input_tfm_leaves_the_students_step_alone():
+    "The student's gradients are those of its own inputs"
+    model,dls,student,g = nn.Sequential(nn.Conv2d(2, 4, 4, stride=4), nn.Flatten(), nn.Linear(64, 3)),one_batch(),net(),Gradients()
+    def larger(x): return F.interpolate(x*.5 + .2, size=16)
+    hand = deepcopy(student).train()
+    learner(student, dls, cbs=g).fit(1, cbs=KD(Teacher(model, input_tfm=larger)))
+    close(g.steps[0], grads_by_hand(hand, lambda x: model(larger(x)), *dls.train.one_batch(), .5, .5))
+
+def test_several_inputs():
+    "A fit in which the teacher needs both inputs of the student"
+    class Two(nn.Module):
+        def __init__(self, w):
+            super().__init__()
+            self.a,self.b,self.head = nn.Linear(3, w),nn.Linear(5, w),nn.Linear(w, 3)
+        def forward(self, a, b): return self.head(torch.tanh(self.a(a) + self.b(b)))
+    class Joined(nn.Module):    # of one input, for the gradients by hand
+        def __init__(self, model): super().__init__(); self.model = model
+        def forward(self, x): return self.model(x[:,:3], x[:,3:])
+    a,b,y = torch.randn(16, 3),torch.randn(16, 5),torch.arange(16) % 3
+    items = list(zip(a, b, y))
+    student,teacher,g = Two(4),Two(8),Gradients()
+    hand = Joined(deepcopy(student))
+    learner(student, loaders(items, items, 16, shuffle=False), cbs=g).fit(1, cbs=KD(teacher))
+    close(g.steps[0], grads_by_hand(hand, Joined(teacher), torch.cat([a,b], 1), y, .5, .5))
+
 def test_input_tfm_takes_and_gives_several():
     class Two(nn.Module):
         def forward(self, a, b): return torch.cat([a.mean(1, keepdim=True), b.mean(1, keepdim=True)], 1)
@@ -157,6 +184,11 @@ def test_half_precision(teacher):
         assert got.dtype == torch.float16
         torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=1e-2)
     assert y.dtype == torch.float32
+
+def test_half_precision_fit(teacher):
+    half,dls = teacher.half(),one_batch()
+    distils(Teacher(half, input_tfm=lambda x: x.half()), half, dls, net(), logits=lambda out: out.float(), inputs=dls.train.one_batch()[0].half())
+    assert all(p.dtype == torch.float16 for p in half.parameters())
 
 def test_wrong_inputs_are_named(teacher):
     "The error says which model was asked what, and the learner can be used"
@@ -178,6 +210,12 @@ def test_ensemble_step_equals_hand_computed(weights):
     wa,wb = dict(zip((None,3,.25), ((.5,.5),(.75,.25),(.25,.75))))[weights and weights[0]]
     a,b = deepcopy(a).eval(),deepcopy(b).eval()
     close(g.steps[0], grads_by_hand(hand, lambda x: wa*a(x) + wb*b(x), *dls.train.one_batch(), .5, .5))
+
+def test_members_with_inputs_of_their_own():
+    a,b,dls,model,g = net(8).eval(),net(6).eval(),one_batch(),net(),Gradients()
+    hand = deepcopy(model).train()
+    learner(model, dls, cbs=g).fit(1, cbs=KD(Ensemble([Teacher(a, input_tfm=lambda x: 2-x), b], [3,1])))
+    close(g.steps[0], grads_by_hand(hand, lambda x: .75*a(2-x) + .25*b(x), *dls.train.one_batch(), .5, .5))
 
 def test_members_are_left_as_found():
     a,b = net(8).eval(),net(8)
@@ -208,3 +246,15 @@ def test_ensemble_set_later(teacher):
     kd.teacher = [teacher,net(8)]
     learner().fit(1, cbs=kd)
     assert repr(kd.teacher) == 'Ensemble(Sequential, Sequential)'
+
+def test_ensemble_set_after_load(teacher, tmp_path):
+    "An exported learner holds no teacher; with a list of them its step is that of their mean"
+    learn = learner(path=tmp_path, dls=exportable(), cbs=KD(net(4)))
+    learn.export('student.pkl')
+    loaded,other = load_learner(tmp_path/'student.pkl'),net(6)
+    assert loaded.knowledge_distillation.teacher is None
+    loaded.knowledge_distillation.teacher = [teacher,other]
+    loaded.dls,hand,g = one_batch(),deepcopy(loaded.model).train(),Gradients()
+    loaded.fit(1, cbs=g)
+    a,b = deepcopy(teacher).eval(),deepcopy(other).eval()
+    close(g.steps[0], grads_by_hand(hand, lambda x: (a(x) + b(x))/2, *loaded.dls.train.one_batch(), .5, .5))
