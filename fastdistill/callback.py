@@ -184,7 +184,7 @@ class _TrainedLosses:
         self.states = [{k:v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k,v in st.items()}
                        for p,st in zip(self.params, saved['states'] or [])] or None
 
-# %% ../nbs/03_callback.ipynb #3341fc83
+# %% ../nbs/03_callback.ipynb #baa16a35
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
@@ -269,6 +269,7 @@ class KnowledgeDistillationCallback(Callback):
             for m in self.matches:
                 self._hooks += FeatureHooks(self.learn.model, m.student_layers, 'student', with_graph=True),FeatureHooks(teacher, m.teacher_layers, 'teacher')
             self._teacher.start(one_param(student).device, reset=any(isinstance(cb, ModelResetter) for cb in self.learn.cbs))
+            self._may_stop = all(m.teacher_layers for m in self.matches) and not is_compiled(teacher)   # compiled code would break at the exception
             self._first_buffers = [(b,b.clone()) for b in student.buffers()]
 
     def after_pred(self):
@@ -279,7 +280,7 @@ class KnowledgeDistillationCallback(Callback):
                 for h in hooks: h.clear()
             try: self._answer = self._teacher(*self.xb)
             except StopForward: return   # all that the losses look at has been captured
-            if all(m.teacher_layers for m in self.matches) and not is_compiled(self._teacher.model): stop_after(hooks)
+            if self._may_stop: stop_after(hooks)
 
     def after_loss(self):
         "Make the loss the whole objective"
