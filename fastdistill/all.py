@@ -3,3 +3,4 @@ from .losses import *
 from .layers import *
 from .teacher import *
 from .callback import *
+from .recording import *

@@ -184,7 +184,7 @@ class _TrainedLosses:
         self.states = [{k:v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k,v in st.items()}
                        for p,st in zip(self.params, saved['states'] or [])] or None
 
-# %% ../nbs/03_callback.ipynb #baa16a35
+# %% ../nbs/03_callback.ipynb #0febc772
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
@@ -220,6 +220,7 @@ class KnowledgeDistillationCallback(Callback):
         for m in self.matches:
             if m.teacher_layers and isinstance(teacher, Ensemble): raise ValueError(f'{m} compares features: expected one teacher, but got {teacher}. '
                 'The features of several networks have no mean, as the channels of each are its own; their predictions have.')
+            if m.teacher_layers and not teacher.live: raise ValueError(f'{m} compares features: expected a network as the teacher, but {teacher} holds predictions only')
             for n in m.teacher_layers: get_layer(teacher.model, n, 'teacher')
         self._teacher,self._trained = teacher,None
 
@@ -270,7 +271,12 @@ class KnowledgeDistillationCallback(Callback):
                 self._hooks += FeatureHooks(self.learn.model, m.student_layers, 'student', with_graph=True),FeatureHooks(teacher, m.teacher_layers, 'teacher')
             self._teacher.start(one_param(student).device, reset=any(isinstance(cb, ModelResetter) for cb in self.learn.cbs))
             self._may_stop = all(m.teacher_layers for m in self.matches) and not is_compiled(teacher)   # compiled code would break at the exception
+            self.learn.dl = self._teacher.batches(self.learn)
             self._first_buffers = [(b,b.clone()) for b in student.buffers()]
+
+    def before_batch(self):
+        "See whether the teacher knows this batch, if its answers are recorded"
+        with self._undo_on_error('batch'): self._teacher.check(*self.xb)
 
     def after_pred(self):
         "Let the teacher answer what the student was asked"

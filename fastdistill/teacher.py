@@ -36,9 +36,10 @@ def _describe(out):
     if isinstance(out, Tensor): return f'{tuple(out.shape)} {out.dtype}'.replace('torch.', '')
     return f'{type(out).__name__} of {len(out)} items' if isinstance(out, (tuple,list)) else type(out).__name__
 
-# %% ../nbs/02_teacher.ipynb #7843e990
+# %% ../nbs/02_teacher.ipynb #046bc2f5
 class Teacher:
     "A frozen model that answers batches between `start` and `stop`, and is then left as it was found"
+    live = True     # it has a network, which answers whatever it is asked
     def __init__(self,
         model, # `nn.Module`, or a `Learner`, of which only the model is kept
         input_tfm=None, # Function from the inputs of a batch to the model's, for a model that expects another normalisation or size; a tuple for several
@@ -90,6 +91,17 @@ class Teacher:
             raise modify_exception(e, f'The teacher {self} cannot answer a batch of inputs {", ".join(map(_describe, xb))}: {e}. One that expects other inputs '
                                       'than the student takes them through `Teacher(model, input_tfm=...)`.', replace=True)
         return get_logits(out)
+
+    def batches(self,
+        learn, # The learner at the start of an epoch
+    ): # Its batches
+        "The batches that can be answered: those of the learner"
+        return learn.dl
+
+    def check(self,
+        *xb, # All inputs of a batch
+    ):
+        "Raise for a batch that cannot be answered: there is none"
 
     def _precision(self, xb):
         "Its own precision; else half-precision inputs, as `NonNativeMixedPrecision` makes them, are answered in theirs by a float32 model"
@@ -159,7 +171,7 @@ class Teacher:
 
     def __repr__(self): return type(self.model).__name__
 
-# %% ../nbs/02_teacher.ipynb #0c192adb
+# %% ../nbs/02_teacher.ipynb #7dfafe5a
 class Ensemble(Teacher):
     "Several teachers that answer as one: with the mean of their logits"
     def __init__(self,
@@ -167,6 +179,7 @@ class Ensemble(Teacher):
         weights:list=None, # A number above 0 for each, which are divided by their sum; equal by default
     ):
         self.teachers = [as_teacher(t) for t in teachers]
+        if not all(t.live for t in self.teachers): raise ValueError('Expected networks, but got a recording. What an ensemble answers can be recorded as a whole: `record_teacher` takes a list.')
         weights = [1.]*len(self.teachers) if weights is None else list(weights)
         if not self.teachers: raise ValueError('Expected at least one teacher, but got none')
         if len(weights) != len(self.teachers) or not all(math.isfinite(w) and w > 0 for w in weights):
