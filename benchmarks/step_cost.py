@@ -7,14 +7,15 @@
 Each round times one batch of every row, in rotating order, inside fastai's own training loop; a ratio is taken within its round.
 Peak memory of a row is what it adds to the resident memory of a fresh process (on Linux; on a GPU: the peak of allocated memory).
 """
-import argparse, subprocess, sys
+import argparse, subprocess, sys, tempfile
 from functools import partial
 import pandas as pd
 import torch
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
 from fastai.callback.all import *
+from fastai.data.load import DataLoader
 from torchvision import models
-from fastdistill.all import Attention, KnowledgeDistillationCallback, SoftTarget, Teacher
+from fastdistill.all import Attention, KnowledgeDistillationCallback, SoftTarget, Teacher, TeacherRecording, record_teacher
 from timing import machine, peak_mb, time_rounds
 
 layers = [f'layer{i}' for i in range(1,5)]
@@ -31,6 +32,7 @@ def parse():
     p.add_argument('--rounds', type=int, default=20)
     p.add_argument('--peers', action='store_true', help='time fasterai too')
     p.add_argument('--memory_of', help=argparse.SUPPRESS)
+    p.add_argument('--recording', help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.precision != 'fp32' and args.device == 'cpu': p.error("fastai's mixed precision needs a GPU")
     return args
@@ -44,7 +46,8 @@ def callbacks(args):
             'Attention, 4 layers': lambda: KnowledgeDistillationCallback(make_teacher(args), Attention, layers, layers, weight=0.9),
             'Attention, layers 1 and 2': lambda: KnowledgeDistillationCallback(make_teacher(args), Attention, layers[:2], layers[:2], weight=0.9),
             'SoftTarget, fast teacher': lambda: KnowledgeDistillationCallback(Teacher(make_teacher(args), fast=True), SoftTarget),
-            'Attention, 4 layers, fast teacher': lambda: KnowledgeDistillationCallback(Teacher(make_teacher(args), fast=True), Attention, layers, layers, weight=0.9)}
+            'Attention, 4 layers, fast teacher': lambda: KnowledgeDistillationCallback(Teacher(make_teacher(args), fast=True), Attention, layers, layers, weight=0.9),
+            'SoftTarget, recorded teacher': lambda: KnowledgeDistillationCallback(TeacherRecording(args.recording), SoftTarget)}
     if args.peers:
         import fasterai.distill.all as fa
         rows['fasterai SoftTarget'] = lambda: fa.KnowledgeDistillationCallback(make_teacher(args), fa.SoftTarget)
@@ -56,17 +59,22 @@ def make_batch(args):
     x,y = torch.randn(args.batch, 3, args.size, args.size, generator=gen),torch.randint(args.classes, (args.batch,), generator=gen)
     return x.to(args.device),y.to(args.device)
 
+def make_dls(args, batch):
+    "Loaders of this batch alone"
+    dl = DataLoader(list(zip(*batch)), bs=args.batch)
+    return DataLoaders(dl, dl, device=torch.device(args.device))
+
 def training_step(args, cb, batch):
     "Function that trains one batch in a learner stopped in the middle of its first epoch"
     torch.manual_seed(0)
-    dls = DataLoaders([batch], [batch], device=torch.device(args.device))
-    learn = Learner(dls, getattr(models, args.student)(num_classes=args.classes).to(args.device), loss_func=CrossEntropyLossFlat(), cbs=cb)
+    learn = Learner(make_dls(args, batch), getattr(models, args.student)(num_classes=args.classes).to(args.device), loss_func=CrossEntropyLossFlat(), cbs=cb)
     if args.precision != 'fp32': getattr(learn, f'to_{args.precision}')()
     learn.remove_cb(ProgressCallback)
     learn.logger = lambda *_: None
     learn.create_opt()
-    learn.n_epoch,learn.dl,learn.n_iter,learn.epoch = 1,[batch],10**6,0
+    learn.n_epoch,learn.dl,learn.n_iter,learn.epoch = 1,learn.dls.train,10**6,0
     learn(['before_fit','before_epoch','before_train'])
+    batch = next(iter(learn.dl))     # loading it is no part of the step
     return partial(learn.one_batch, 0, batch)
 
 def forward_step(args, batch):
@@ -95,12 +103,20 @@ def peak_memory(args):
 def main():
     args = parse()
     if args.memory_of: return print(f'MB {peak_memory(args)}')
-    times = time_rounds(steps(args, make_batch(args)), args.rounds, args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        args.recording = f'{folder}/teacher.rec'
+        batch = make_batch(args)
+        record_teacher(make_teacher(args), make_dls(args, batch), args.recording)
+        compare(args, batch)
+
+def compare(args, batch):
+    "Time all rows, then look at the memory of each"
+    times = time_rounds(steps(args, batch), args.rounds, args.device)
     floor = times['student alone'] + times['teacher forward alone']
     ratio = times.div(floor, axis=0)
     table = pd.DataFrame({'ms': 1e3*times.median(), 'ratio to floor': ratio.median(), 'min': ratio.min(), 'max': ratio.max()})
     for name in times:
-        out = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--memory_of', name], capture_output=True, text=True, check=True)
+        out = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--recording', args.recording, '--memory_of', name], capture_output=True, text=True, check=True)
         table.loc[name,'peak MB'] = float(out.stdout.split('MB ')[-1])
     table['ratio to peak of alone + alone'] = table['peak MB'] / table['peak MB'][['student alone','teacher forward alone']].sum()
     print(f'{args.teacher} -> {args.student}, {args.size} px, batch {args.batch}, {args.precision}, {machine(args.device)}; '

@@ -200,7 +200,7 @@ def _digest_model(model):
         res.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return res.hexdigest()
 
-# %% ../nbs/05_recording.ipynb #6098d106
+# %% ../nbs/05_recording.ipynb #901293e4
 def _classes(dls):
     "The classes as text, where the loaders know them"
     vocab = list(getattr(dls, 'vocab', None) or [])
@@ -220,14 +220,18 @@ def _environment(dl):
 
 def _differences(recorded, now): return '; '.join(f'{k}: {recorded.get(k)} when it was recorded, {v} now' for k,v in now.items() if recorded.get(k) != v)
 
-def _same_in_any_order(dl, n_inp):
-    "Whether two looks at the first items, with other seeds and beside other items, show the same inputs"
+def _inputs(dls, b): return b[:getattr(dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)]     # as `Learner` has it
+
+def _same_in_any_order(dls):
+    "Whether two looks at some items, beside each other and each alone, with other seeds, show the same inputs"
+    dl = dls.train
     if not dl.indexed: return False
-    idxs = list(range(min(dl.n, 2*dl.bs)))
-    def look(idxs, seed):
-        loader = dl.new(shuffle=False, drop_last=False, num_workers=0, get_idxs=partial(list, idxs))
-        with no_random(seed, reproducible=False): return dict(zip(idxs, torch.cat([_checksums(*b[:n_inp]) for b in loader]).tolist()))
-    return look(idxs, 0) == look(idxs[::-2] + idxs[-2::-2], 1)
+    idxs = list(range(0, dl.n, max(1, dl.n//dl.bs)))[:dl.bs]
+    def look(idxs, seed, bs):
+        loader = dl.new(bs=bs, shuffle=False, drop_last=False, num_workers=0, get_idxs=partial(list, idxs))
+        with no_random(seed, reproducible=False): return dict(zip(idxs, torch.cat([_checksums(*_inputs(dls, b)) for b in loader]).tolist()))
+    try: return look(idxs, 0, dl.bs) == look(idxs, 1, 1)
+    except RuntimeError: return False     # items that do not go into one batch
 
 def record_teacher(
     teacher, # Trained model: an `nn.Module`, a `Learner` or a `Teacher`, or a list of them, an ensemble
@@ -266,11 +270,11 @@ def _check_topk(topk, axis, shape):
 
 def _record(teacher, dls, path, n_epoch, seed, dtype, topk, axis, resets):
     "Look at the data and at a first answer, then write what is missing and give the folder its name"
-    dl,n_inp = dls.train,dls.n_inp
-    any_order = not resets and _same_in_any_order(dl, n_inp)
+    dl = dls.train
+    any_order = not resets and _same_in_any_order(dls)
     setup = _setup(dls, dl, any_order)
     if any_order: n_epoch,dl = 1,dl.new(shuffle=False, drop_last=False, get_idxs=partial(list, range(dl.n)))
-    first = next(iter(_Seeded(dl, seed, 0)))[:n_inp]
+    first = _inputs(dls, next(iter(_Seeded(dl, seed, 0))))
     teacher.start(_leaves(first)[0].device, resets)
     teacher.choose(*first)
     shape = list(teacher(*first).shape[1:])
@@ -278,7 +282,7 @@ def _record(teacher, dls, path, n_epoch, seed, dtype, topk, axis, resets):
     files = _open_part(path, dict(teacher=repr(teacher), weights=_digest_model(teacher.model), n_epoch=n_epoch, rows=_per_epoch(dl), any_order=any_order, seed=seed, shape=shape,
                                   dtype=str(dtype).split('.')[1], topk=topk, axis=axis, setup=setup, environment=_environment(dl), whole=False))
     if files is None: return
-    for rows,xb,done in progress_bar(_batches(teacher, dl, files, n_inp, resets), total=n_epoch*len(dl)):
+    for rows,xb,done in progress_bar(_batches(teacher, dls, dl, files, resets), total=n_epoch*len(dl)):
         if not done: _answer(teacher, files, rows, xb)
         elif xb is not None: _check_inputs(files, rows, xb, dl)
     files.finish(path)
@@ -292,7 +296,7 @@ def _open_part(path, header):
         if d := _differences(files.header, wanted): raise FileExistsError(f'{found} holds another recording. Delete it or choose another path. What differs: {d}')
         return files if found == part else None
     size = sum(math.prod(s)*d.itemsize for d,s in _layout(header).values())
-    order = 'in any order' if header['any_order'] else f'in the batches of {header["n_epoch"]} epochs'
+    order = 'in any order' if header['any_order'] else f'in the batches of {_epochs(header)}'
     highest = f', the {header["topk"]} highest' if header['topk'] else ''
     print(f'{path}: {header["rows"]:,} items {order}, answers of shape {tuple(header["shape"])} in {header["dtype"]}{highest}, {_bytes(size)}')
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -301,7 +305,9 @@ def _open_part(path, header):
 
 def _bytes(n): return next(f'{n/f:,.1f} {unit}' for f,unit in ((1e9,'GB'),(1e6,'MB'),(1e3,'kB'),(1,'bytes')) if n >= f or f == 1)
 
-def _batches(teacher, dl, files, n_inp, resets):
+def _epochs(h): return f'{h["n_epoch"]} {"epoch" if h["n_epoch"] == 1 else "epochs"}'
+
+def _batches(teacher, dls, dl, files, resets):
     "Rows and inputs of all batches, and whether they have been answered; of epochs without a gap nothing is loaded"
     for epoch in range(files.header['n_epoch']):
         batches = _Seeded(dl, files.header['seed'], epoch)
@@ -310,7 +316,7 @@ def _batches(teacher, dl, files, n_inp, resets):
         if all(done): yield from ((r,None,True) for r in rows)
         else:
             if resets: teacher.start(teacher.device, True)
-            for r,b,d in zip(rows, batches, done): yield r,b[:n_inp],d
+            for r,b,d in zip(rows, batches, done): yield r,_inputs(dls, b),d
 
 def _answer(teacher, files, rows, xb):
     h,inputs,logits = files.header,_checksums(*xb),teacher(*xb)
@@ -326,7 +332,7 @@ def _check_inputs(files, rows, xb, dl):
     d = _differences(h['environment'], _environment(dl))
     raise ValueError(f'This is not the batch that was recorded in {files.path}: {which}. ' + (f'What has changed: {d}.' if d else 'Data or transforms have changed.'))
 
-# %% ../nbs/05_recording.ipynb #b838d32b
+# %% ../nbs/05_recording.ipynb #7d3e9ec0
 class TeacherRecording(Teacher):
     "The recorded answers of a teacher, in its place"
     live = False
@@ -384,4 +390,4 @@ class TeacherRecording(Teacher):
 
     def __repr__(self):
         h = self.header
-        return f'TeacherRecording({self.path}: {h["teacher"]}, {h["n_epoch"]} {"epoch" if h["n_epoch"] == 1 else "epochs"} of {h["rows"]:,} items)'
+        return f'TeacherRecording({self.path}: {h["teacher"]}, {_epochs(h)} of {h["rows"]:,} items)'

@@ -1,0 +1,80 @@
+"""What a recorded teacher costs: a student's epoch with it, the making of it, the opening of a large one.
+
+    python benchmarks/recording.py [--rounds 5]        # ResNet34 -> ResNet18, 64 px, batch 64, random crops and augmentation; writes benchmarks/recording.csv
+
+Each round runs an epoch of every row, in rotating order, on made images; a ratio is taken within its round. Loading takes place in the process that trains.
+"""
+import argparse, subprocess, sys, tempfile
+from functools import partial
+from pathlib import Path
+from fastai.vision.all import *
+from fastdistill.all import *
+from fastdistill.recording import _Files
+from timing import machine, time_rounds
+from torchvision import models
+
+def parse():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--batch', type=int, default=64)
+    p.add_argument('--batches', type=int, default=30, help='in an epoch')
+    p.add_argument('--epochs', type=int, default=3, help='recorded')
+    p.add_argument('--rounds', type=int, default=5)
+    return p.parse_args()
+
+def make_dls(args):
+    n = args.batch*args.batches
+    pixels = np.random.default_rng(0).integers(0, 256, (n+1,80,80,3), dtype=np.uint8)
+    return DataBlock((ImageBlock,CategoryBlock(vocab=list(range(10)))), get_items=lambda _: list(range(n+1)), get_x=lambda i: pixels[i], get_y=lambda i: i%10,
+                     splitter=IndexSplitter([n]), item_tfms=RandomResizedCrop(64), batch_tfms=aug_transforms()).dataloaders(None, bs=args.batch, num_workers=0)
+
+def epoch(dls, teacher=None):
+    "Function that trains a student for an epoch, without validation"
+    learn = Learner(dls, models.resnet18(num_classes=10), cbs=None if teacher is None else KnowledgeDistillationCallback(teacher, SoftTarget))
+    learn.remove_cb(ProgressCallback)
+    learn.logger = lambda *_: None
+    learn._do_epoch_validate = lambda *_: None
+    return partial(learn.fit, 1)
+
+def rows(args, folder):
+    dls,teacher = make_dls(args),models.resnet34(num_classes=10)
+    def load():
+        for _ in range(args.epochs):
+            for b in dls.train: pass
+    @torch.no_grad()
+    def forward():
+        teacher.eval()
+        for _ in range(args.epochs):
+            for x,_ in dls.train: teacher(x)
+    folders = (folder/str(i) for i in range(10**6))
+    return {'student alone': epoch(dls), 'student and teacher': epoch(dls, teacher), 'student and recorded teacher': epoch(dls, record_teacher(teacher, dls, folder/'rec', n_epoch=args.epochs)),
+            'loading': load, 'loading and teacher forward': forward, 'recording': lambda: record_teacher(teacher, dls, next(folders), n_epoch=args.epochs)}
+
+def open_large(folder):
+    "Seconds and megabytes that a million answers of a thousand classes take to be opened, in a process of its own"
+    rec = TeacherRecording(folder/'rec')
+    _Files.create(folder/'large.part', {**rec.header, 'rows':1_000_000, 'shape':[1000]}).finish(folder/'large')
+    code = f"""
+import resource, time
+from fastdistill.recording import TeacherRecording
+before,start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,time.perf_counter()
+TeacherRecording({str(folder/'large')!r})
+print(time.perf_counter()-start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)/1024)"""
+    return map(float, subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.split())
+
+def main():
+    args = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        times = time_rounds(rows(args, Path(folder)), args.rounds, 'cpu')
+        seconds,mb = open_large(Path(folder))
+    res = []
+    for row in times:
+        over,n = ('student alone',args.batches) if 'student' in row else ('loading and teacher forward',args.batches*args.epochs)
+        ratio = times[row]/times[over]
+        res.append(dict(row=row, ms_per_batch=1e3*times[row].median()/n, ratio_to=over, ratio=ratio.median(), min=ratio.min(), max=ratio.max()))
+    table = pd.DataFrame(res).round(3)
+    print(f'ResNet34 -> ResNet18, 64 px, batch {args.batch}, {args.batches} batches an epoch, {args.epochs} epochs recorded, {machine("cpu")}; medians of {args.rounds} rounds')
+    print(table.to_string(index=False))
+    print(f'A million answers of a thousand classes, 2 GB: opened in {1e3*seconds:.1f} ms, {mb:.1f} MB more of memory')
+    table.assign(machine=machine('cpu'), rounds=args.rounds).to_csv(Path(__file__).with_suffix('.csv'), index=False)
+
+if __name__ == '__main__': main()
