@@ -7,7 +7,8 @@
 Each round times one batch of every row, in rotating order, inside fastai's own training loop; a ratio is taken within its round.
 Peak memory of a row is what it adds to the resident memory of a fresh process (on Linux; on a GPU: the peak of allocated memory).
 """
-import argparse, subprocess, sys, tempfile
+import argparse, io, subprocess, sys, tempfile
+from contextlib import redirect_stdout
 from functools import partial
 import pandas as pd
 import torch
@@ -106,7 +107,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         args.recording = f'{folder}/teacher.rec'
         batch = make_batch(args)
-        record_teacher(make_teacher(args), make_dls(args, batch), args.recording)
+        with redirect_stdout(io.StringIO()): record_teacher(make_teacher(args), make_dls(args, batch), args.recording)
         compare(args, batch)
 
 def compare(args, batch):

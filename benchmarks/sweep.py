@@ -11,7 +11,7 @@ from fastai.vision.all import *
 from fastdistill.all import *
 from timing import machine
 
-n_epoch,teacher_epochs,widths = 8,15,(0.125,0.25,0.5,0.75,1.)
+n_epoch,teacher_epochs,widths = 4,8,(0.125,0.25,0.5,0.75,1.)
 
 def make_dls():
     path = untar_data(URLs.PETS)/'images'

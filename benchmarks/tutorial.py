@@ -1,6 +1,6 @@
 """Run a tutorial in full, keep its outputs in the page, and its results for several seeds beside this script.
 
-    python benchmarks/tutorial.py pets [seeds]        # also mnist and beans; writes benchmarks/pets.csv
+    python benchmarks/tutorial.py pets [seeds]        # or mnist; writes benchmarks/pets.csv
 
 The page is run once, as a reader would. Its cells from `seed = 0` to `results` are then run again for each further seed. The page says where it
 looks for its data.

@@ -184,7 +184,7 @@ class _TrainedLosses:
         self.states = [{k:v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k,v in st.items()}
                        for p,st in zip(self.params, saved['states'] or [])] or None
 
-# %% ../nbs/03_callback.ipynb #0febc772
+# %% ../nbs/03_callback.ipynb #cefd2075
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
@@ -192,7 +192,7 @@ class KnowledgeDistillationCallback(Callback):
     _learn = _teacher = _answer = _parts = _smooth = _student = _trained = _saved = _kept = None
     _hooks = _columns = _first_buffers = ()
     def __init__(self,
-        teacher, # Trained model: an `nn.Module`, a `Learner` or a `Teacher`, or a list of them, an ensemble; it is left as it was found
+        teacher, # Trained model: an `nn.Module`, a `Learner` or a `Teacher`, or a list of them, an ensemble, left as it was found; or a `TeacherRecording`
         loss=SoftTarget, # A loss (class, `partial`, instance or function), a `Match`, or a list of these, which are summed
         student_layers:str|list=None, # For a loss on features: names of the student's layers
         teacher_layers:str|list=None, # For a loss on features: names of the teacher's layers, in the same order
@@ -212,7 +212,7 @@ class KnowledgeDistillationCallback(Callback):
 
     @property
     def teacher(self) -> Teacher: # `None` in a learner that was exported and loaded
-        "The teacher; set it to a module, a `Learner`, a `Teacher` or a list of them"
+        "The teacher; set it to a module, a `Learner`, a `Teacher`, a list of them or a `TeacherRecording`"
         return self._teacher
     @teacher.setter
     def teacher(self, model):

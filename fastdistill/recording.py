@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['record_teacher', 'TeacherRecording']
 
-# %% ../nbs/05_recording.ipynb #c7963f5b
+# %% ../nbs/05_recording.ipynb #4aca90d1
 import hashlib, json, math, random, shutil
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache, partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 import numpy as np, torch
@@ -24,7 +25,18 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn, Tensor
 from .teacher import Teacher, as_teacher
 
-# %% ../nbs/05_recording.ipynb #75eae6bf
+# %% ../nbs/05_recording.ipynb #a9218c9d
+@contextmanager
+def _seeded(seed, device):
+    "As `no_random` of fastai, which takes a millisecond for a GPU that is not there"
+    if torch.device(device or 'cpu').type == 'cuda':
+        with no_random(seed, reproducible=False): yield
+        return
+    states = random.getstate(),np.random.get_state(),torch.get_rng_state()
+    random.seed(seed), np.random.seed(seed), torch.default_generator.manual_seed(seed)
+    try: yield
+    finally: random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])
+
 class _Numbered(GetAttr):
     "The batches of a loader, and which of its items the last of them holds"
     _default = 'dl'
@@ -54,7 +66,7 @@ class _Seeded(_Numbered):
         try:
             for self.i in count():
                 seed = random.Random(f'{self.seed} {self.epoch} {self.i}').getrandbits(32)
-                with no_random(seed, reproducible=False):
+                with _seeded(seed, dl.device):
                     if not self.i: dl.rng = random.Random(seed)
                     b = next(batches, None)
                 if b is None: break
@@ -70,7 +82,7 @@ class _Seeded(_Numbered):
 
 def _per_epoch(dl): return min(dl.n, len(dl)*dl.bs)
 
-# %% ../nbs/05_recording.ipynb #38726f63
+# %% ../nbs/05_recording.ipynb #9186e775
 @lru_cache(maxsize=16)
 def _factors(n, device):
     "Odd numbers of 64 bits, the same on all machines"
@@ -86,7 +98,7 @@ def _checksums(
     *xb, # Inputs of a batch: tensors of shape (B, ...), or lists, tuples and dictionaries of them
 ) -> Tensor: # (B,), int64
     "A number for each item that tells whether any bit of it has changed"
-    leaves = _leaves(xb)
+    leaves = [x if x.device.type in ('cpu','cuda') else x.cpu() for x in _leaves(xb)]
     if not leaves: raise TypeError(f'Expected inputs with tensors in them, but got {", ".join(type(x).__name__ for x in xb)}')
     total = torch.ones(len(leaves[0]), dtype=torch.int64, device=leaves[0].device)
     for x in leaves:
@@ -200,7 +212,7 @@ def _digest_model(model):
         res.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return res.hexdigest()
 
-# %% ../nbs/05_recording.ipynb #901293e4
+# %% ../nbs/05_recording.ipynb #67f9810e
 def _classes(dls):
     "The classes as text, where the loaders know them"
     vocab = list(getattr(dls, 'vocab', None) or [])
@@ -216,7 +228,11 @@ def _environment(dl):
     "What may explain that batches have changed"
     device = torch.device(dl.device or 'cpu')
     return dict(workers=dl.fake_l.num_workers, device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, threads=torch.get_num_threads(),
-                **{k:version(k) for k in ('fastai','torch','torchvision','numpy','pillow')})
+                **{k:_version(k) for k in ('fastai','torch','torchvision','numpy','pillow')})
+
+def _version(name):
+    try: return version(name)
+    except PackageNotFoundError: return None     # as of Pillow where another package stands in for it
 
 def _differences(recorded, now): return '; '.join(f'{k}: {recorded.get(k)} when it was recorded, {v} now' for k,v in now.items() if recorded.get(k) != v)
 
@@ -226,11 +242,11 @@ def _same_in_any_order(dls):
     "Whether two looks at some items, beside each other and each alone, with other seeds, show the same inputs"
     dl = dls.train
     if not dl.indexed: return False
-    idxs = list(range(0, dl.n, max(1, dl.n//dl.bs)))[:dl.bs]
+    idxs = list(range(0, dl.n, max(1, dl.n//16)))[:16]
     def look(idxs, seed, bs):
         loader = dl.new(bs=bs, shuffle=False, drop_last=False, num_workers=0, get_idxs=partial(list, idxs))
-        with no_random(seed, reproducible=False): return dict(zip(idxs, torch.cat([_checksums(*_inputs(dls, b)) for b in loader]).tolist()))
-    try: return look(idxs, 0, dl.bs) == look(idxs, 1, 1)
+        with _seeded(seed, dl.device): return dict(zip(idxs, torch.cat([_checksums(*_inputs(dls, b)) for b in loader]).tolist()))
+    try: return look(idxs, 0, len(idxs)) == look(idxs, 1, 1)
     except RuntimeError: return False     # items that do not go into one batch
 
 def record_teacher(
@@ -250,7 +266,7 @@ def record_teacher(
     teacher = as_teacher(teacher)
     if not teacher.live: raise ValueError(f'Expected networks to record, but got {teacher}')
     try:
-        with no_random(seed, reproducible=False): _record(teacher, dls, Path(path), n_epoch, seed, dtype, topk, axis, resets)
+        with _seeded(seed, dl.device): _record(teacher, dls, Path(path), n_epoch, seed, dtype, topk, axis, resets)
     finally:
         teacher.stop()
         dl.rng = found
@@ -260,8 +276,11 @@ def _check_recordable(dl, n_epoch, dtype):
     if num_distrib() > 1: raise ValueError('A teacher is recorded by one process, but this is one of several. Record it before, with plain `python`.')
     if dtype not in (torch.float16,torch.float32): raise ValueError(f'Expected dtype to be torch.float16 or torch.float32, but got {dtype!r}')
     if n_epoch < 1: raise ValueError(f'Expected at least one epoch, but got n_epoch={n_epoch}')
-    if not isinstance(dl, DataLoader): raise TypeError(f'Expected the training set in a `DataLoader` of fastai, but got {type(dl).__module__}.{type(dl).__name__}')
+    _check_loader(dl)
     if dl.n is None or dl.bs is None or not len(dl): raise ValueError(f'Expected a training set of known size, with at least one batch, but got {dl.n} items in batches of {dl.bs}')
+
+def _check_loader(dl):
+    if not isinstance(dl, DataLoader): raise TypeError(f'Expected the training set in a `DataLoader` of fastai, but got {type(dl).__module__}.{type(dl).__name__}')
 
 def _check_topk(topk, axis, shape):
     sizes = ['B',*shape]
@@ -296,9 +315,9 @@ def _open_part(path, header):
         if d := _differences(files.header, wanted): raise FileExistsError(f'{found} holds another recording. Delete it or choose another path. What differs: {d}')
         return files if found == part else None
     size = sum(math.prod(s)*d.itemsize for d,s in _layout(header).values())
-    order = 'in any order' if header['any_order'] else f'in the batches of {_epochs(header)}'
+    order = 'in any order' if header['any_order'] else f'in the batches of {_epochs(header)}, which a longer training sees again'
     highest = f', the {header["topk"]} highest' if header['topk'] else ''
-    print(f'{path}: {header["rows"]:,} items {order}, answers of shape {tuple(header["shape"])} in {header["dtype"]}{highest}, {_bytes(size)}')
+    print(f'{path.name}: {header["rows"]:,} items {order}, answers of shape {tuple(header["shape"])} in {header["dtype"]}{highest}, {_bytes(size)}')
     path.parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(path.parent).free) < size: raise OSError(f'{path} would take {_bytes(size)}, but {_bytes(free)} are free')
     return _Files.create(part, header)
@@ -332,7 +351,7 @@ def _check_inputs(files, rows, xb, dl):
     d = _differences(h['environment'], _environment(dl))
     raise ValueError(f'This is not the batch that was recorded in {files.path}: {which}. ' + (f'What has changed: {d}.' if d else 'Data or transforms have changed.'))
 
-# %% ../nbs/05_recording.ipynb #7d3e9ec0
+# %% ../nbs/05_recording.ipynb #eb0badcc
 class TeacherRecording(Teacher):
     "The recorded answers of a teacher, in its place"
     live = False
@@ -355,6 +374,7 @@ class TeacherRecording(Teacher):
         if num_distrib() > 1: raise ValueError(f'{self} is replayed in one process, but this is one of several')
         if mix := next((cb for cb in learn.cbs if isinstance(cb, MixHandler)), None):
             raise ValueError(f'{mix} blends inputs as it goes, and {self} knows those that were recorded. A teacher that answers blends has to run.')
+        _check_loader(learn.dl)
         if d := _differences(h['setup'], _setup(learn.dls, learn.dl, h['any_order'])): raise ValueError(f'{self} was made of other batches. {d}')
         self._batches = _Numbered(learn.dl) if h['any_order'] else _Seeded(learn.dl, h['seed'], learn.epoch % h['n_epoch'])
         return self._batches

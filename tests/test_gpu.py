@@ -68,3 +68,22 @@ def test_a_step_that_overflows_skips_the_projectors():
         def before_backward(self): seen.append([p.clone() for p in self.knowledge_distillation._trained.params])
     learner(cbs=kd).to_fp16(init_scale=1024.).fit(1, 1e-2, cbs=[Overflow(),Seen()])
     assert all(torch.equal(a, b) for a,b in zip(seen[0], seen[1])) and not all(torch.equal(a, b) for a,b in zip(seen[1], seen[2]))
+
+@pytest.mark.parametrize('to', [None,'to_fp16','to_bf16','to_non_native_fp16'])
+def test_recorded_teacher_sees_the_noise_drawn_on_the_gpu_again(tmp_path, to):
+    device,teacher,asked = torch.device('cuda'),net(8),[]
+    def noise(x): return x + torch.randn_like(x) if x.is_floating_point() else x
+    items,valid = ([b for b in dl.dataset] for dl in data())
+    dls = DataLoaders(TfmdDL(items, bs=8, shuffle=True, num_workers=0, after_batch=noise, device=device), TfmdDL(valid, bs=16, num_workers=0, device=device), device=device)
+    rec = record_teacher(teacher, dls, tmp_path/'r', n_epoch=2, dtype=torch.float32)
+    assert not rec.header['any_order'] and rec.header['environment']['device'] == torch.cuda.get_device_name(device)
+    class Ask(Callback):
+        order = 60
+        def after_pred(self):
+            if not self.training: return
+            with torch.no_grad(): asked.append((self.knowledge_distillation._answer, teacher.to(device).eval()(self.x.float())))
+    learn = QuietLearner(dls, net(), loss_func=CrossEntropyLossFlat(), cbs=[KnowledgeDistillationCallback(rec), Ask()])
+    if to: getattr(learn, to)(**dict(to_non_native_fp16=dict(max_loss_scale=256.)).get(to, {}))
+    learn.fit(3)
+    eps = 1e-5 if to is None else 0.1
+    assert asked and all(a.is_cuda and (a-b.float()).abs().max() <= eps for a,b in asked)

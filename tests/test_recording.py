@@ -233,6 +233,8 @@ def test_what_cannot_be_replayed(tmp_path, monkeypatch):
     refuses(lambda: KnowledgeDistillationCallback(rec, Attention, '0', '0'), 'Attention', 'holds predictions only')
     refuses(lambda: KnowledgeDistillationCallback(rec, [SoftTarget, Match(nn.MSELoss(), '0', '0')]), 'holds predictions only')
     refuses(lambda: Ensemble([net(), rec]), '`record_teacher` takes a list')
+    plain = DataLoaders(torch.utils.data.DataLoader(dls.train.dataset, batch_size=8), torch.utils.data.DataLoader(dls.train.dataset))
+    with pytest.raises(TypeError, match='fastai, but got torch'): learner(dls=plain).fit(1, cbs=KnowledgeDistillationCallback(rec))
     monkeypatch.setattr(recording, 'num_distrib', lambda: 2)
     refuses(lambda: learner(dls=dls).fit(1, cbs=KnowledgeDistillationCallback(rec)), 'one of several')
     refuses(lambda: record_teacher(net(), dls, tmp_path/'s'), 'one of several')
