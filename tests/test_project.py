@@ -70,6 +70,8 @@ def processed():
     cache = Path(re.search('cache: (.*)', out)[1])
     return {n.with_suffix('').as_posix():json.loads((cache/n).read_text())['cells'] for n in (p.relative_to(root/'nbs') for p in pages)}
 
+def documented(cells): return ' '.join(re.findall(r'show_doc\(([\w.]+)', '\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='code')))
+
 def prose(cells): return '\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='markdown')
 
 def test_links_of_the_processed_pages(processed, cfg):
@@ -78,7 +80,7 @@ def test_links_of_the_processed_pages(processed, cfg):
     names = {s.split('.')[-1] for mod in d['syms'].values() for s in mod if s.count('.')==2 and not s.split('.')[-1].startswith('_')}
     site = cfg['doc_host'] + cfg['doc_baseurl'] + '/'
     # nbdev drops the number of a page from its address
-    address = {re.sub(r'(^|/)\d+_', r'\1', k)+'.html':prose(v) for k,v in processed.items()}
+    address = {re.sub(r'(^|/)\d+_', r'\1', k)+'.html':f'{prose(v)} {documented(v)}' for k,v in processed.items()}
     n_links = 0
     for page,cells in processed.items():
         text = re.sub(r'```.*?```', '', prose(cells), flags=re.S)
