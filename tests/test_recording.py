@@ -479,14 +479,14 @@ def test_recurrent_teacher_starts_each_epoch_anew(tmp_path):
     part = record_teacher(QuietLearner(dls, model, loss_func=CrossEntropyLossFlat()), dls, tmp_path/'s', n_epoch=2)
     assert part.header['any_order']
 
-def test_ensemble_fast_teacher_and_learner(tmp_path):
+def test_ensemble_and_fast_teacher(tmp_path):
     dls,(a,b) = data(),(net(),net(8))
     rec = record_teacher([a,b], dls, tmp_path/'r', dtype=torch.float32)
     x = torch.stack([o[0] for o in dls.train.dataset])
     want = (a.eval()(x) + b.eval()(x))/2
     assert torch.allclose(torch.from_numpy(arrays(rec)['logits']), want.detach(), atol=1e-6)
     rec = record_teacher(Teacher(a, fast=True, tolerance=0), dls, tmp_path/'s')
-    assert rec.header['teacher'] == 'Sequential'
+    assert rec.header['teacher'] == 'Sequential' and torch.allclose(torch.from_numpy(arrays(rec)['logits']).float(), a(x).detach(), atol=1e-2)
 
 def test_lr_find_two_fits_and_pickles(tmp_path):
     dls = data()
