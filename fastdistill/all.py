@@ -3,4 +3,6 @@ from .losses import *
 from .layers import *
 from .teacher import *
 from .callback import *
+from .check import *
+from .report import *
 from .recording import *

@@ -209,7 +209,7 @@ def _brief(o):
     text = str([round(x, 4) if isinstance(x, float) else x for x in o] if isinstance(o, (list,tuple)) else o)
     return text if len(text) < 80 else f'{text[:76]} ...'
 
-# %% ../nbs/03_callback.ipynb #7f4044b1
+# %% ../nbs/03_callback.ipynb #28acd79e
 def no_better_than_chance(
     k:int, # How many items are right
     n:int, # Of how many
@@ -217,10 +217,11 @@ def no_better_than_chance(
 ) -> bool: # False where `n` is too small to tell
     "Whether `k` of `n` is what guessing gives"
     def at_most(p, sd): return n*p + sd*math.sqrt(n*p*(1-p))
+    if c < 2: return False
     chance,half = 1/c,(1 + 1/c)/2
-    return c > 1 and k <= at_most(chance, 1) <= at_most(half, -3)
+    return k <= at_most(chance, 1) <= at_most(half, -3)
 
-# %% ../nbs/03_callback.ipynb #5356d073
+# %% ../nbs/03_callback.ipynb #45f2fe4a
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
@@ -438,7 +439,7 @@ class KnowledgeDistillationCallback(Callback):
         if answer is None or answer.ndim != 2 or not _are_classes(y) or len(y) != len(answer) or any(isinstance(cb, MixHandler) for cb in self.learn.cbs): return []
         k,n = (answer.argmax(1) == y).sum().item(),len(y)
         if not no_better_than_chance(k, n, answer.shape[1]): return []
-        return [f'The teacher names the class of {k} items of {n}, as guessing would: are its classes in another order, or does it expect other inputs, which '
+        return [f'The teacher names the class of {k} items of {n}, no more than guessing would: are its classes in another order, or does it expect other inputs, which '
                 '`Teacher(model, input_tfm=...)` can make?']
 
     def _flat_targets(self):

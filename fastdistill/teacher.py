@@ -50,11 +50,12 @@ def describe_data(
     if normalize is not None: facts.update({k:getattr(normalize, k).flatten().tolist() for k in ('mean','std')})
     return {k:v for k,v in facts.items() if v is not None}
 
-# %% ../nbs/02_teacher.ipynb #e541999a
+# %% ../nbs/02_teacher.ipynb #d6d2aab8
 class Teacher:
     "A frozen model that answers batches between `start` and `stop`, and is then left as it was found"
     live = True     # it has a network, which answers whatever it is asked
     data = {}       # what is known of the data it was trained on
+    input_tfm = None
     def __init__(self,
         model, # `nn.Module`, or a `Learner`, of which only the model is kept
         input_tfm=None, # Function from the inputs of a batch to the model's, for a model that expects another normalisation or size; a tuple for several

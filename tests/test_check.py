@@ -1,0 +1,330 @@
+"Looking before a fit: each warning is provoked and silent on a sound set-up, nothing is changed by looking."
+import random, re, warnings
+from copy import deepcopy
+from types import SimpleNamespace
+import numpy as np, pandas as pd, pytest, torch
+from fastai.callback.mixup import MixUp
+from fastai.callback.progress import CSVLogger
+from fastai.callback.training import GradientClip
+from fastai.basics import AvgMetric, Callback, Learner, set_seed
+from fastai.callback.schedule import SchedCos
+from fastai.data.transforms import Normalize
+from torch import nn
+from torch.nn import functional as F
+from conftest import data, learner, loaders, mlp, n_hooks, net, same_state, state
+from fastdistill.all import *
+from fastdistill.cli import digits_learner
+
+@pytest.fixture(scope='module')
+def trained():
+    "A teacher that knows, and its data: 256 images in batches of 64"
+    set_seed(0)
+    learn = learner(net(8), data(256, 64))
+    learn.fit(10, 1e-2)
+    assert learn.validate()[1] > 0.9
+    return learn
+
+class Permuted(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+    def forward(self, x): return self.model(x).roll(1, 1)
+
+class Inverted(Permuted):
+    def forward(self, x): return self.model(5-3*x)
+
+def new(trained): return learner(net(4), trained.dls)
+
+def everything(learn, teacher):
+    "What could be changed by looking"
+    return dict(student=state(learn.model), teacher=state(teacher), grads=[None if p.grad is None else p.grad.clone() for p in learn.model.parameters()],
+                modes=[m.training for o in (learn.model,teacher) for m in o.modules()], opt=learn.opt, opt_state=deepcopy(learn.opt.state_dict()) if learn.opt else None,
+                hypers=deepcopy(learn.opt.hypers) if learn.opt else None, metrics=list(learn.metrics), cbs=list(learn.cbs), keys=set(learn.__dict__), recorder=dict(learn.recorder.__dict__),
+                smooth=dict(learn.recorder.smooth_loss.__dict__), hooks=n_hooks(learn.model, teacher), random=random.getstate(), numpy=str(np.random.get_state()), torch=torch.get_rng_state(),
+                loaders=[dl.rng.getstate() for dl in learn.dls.loaders])
+
+def same(a, b):
+    if isinstance(a, torch.Tensor): return torch.equal(a, b)
+    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list,tuple)): return len(a) == len(b) and all(map(same, a, b))
+    return a is b or a == b
+
+def kinds(teacher):
+    return {'predictions':KnowledgeDistillationCallback(teacher, SoftTarget), 'features':KnowledgeDistillationCallback(teacher, Attention, ['0','1'], ['0','1'], weight=0.9),
+            'trained loss':KnowledgeDistillationCallback(teacher, [Match(FitNet, '1', '1'), SoftTarget])}
+
+@pytest.mark.parametrize('kind', ['predictions','features','trained loss'])
+@pytest.mark.parametrize('before', ['new','fitted','attached','failed'])
+@pytest.mark.parametrize('look', ['check','find'])
+def test_looking_changes_nothing(trained, kind, before, look, tmp_path):
+    teacher = net(8)
+    learn,kd = new(trained),kinds(teacher)[kind]
+    if before != 'new': learn.fit(1, 1e-2, cbs=kd)
+    if before == 'attached': learn.add_cbs([kd, GradientClip(), MixUp(), CSVLogger(tmp_path/'log.csv')])
+    next(learn.model.parameters()).grad = torch.ones(4, 2, 3, 3)
+    list(learn.model.modules())[2].eval()
+    trained_losses = deepcopy(kd._trained.state_dict()) if kd._trained else None
+    found = everything(learn, teacher)
+    args = [] if before == 'attached' else [kd]
+    if before == 'failed':
+        learn.metrics.append(AvgMetric(lambda p, y: 1/0))
+        with pytest.raises(ZeroDivisionError): learn.distill_check(kd) if look == 'check' else learn.weight_finder(kd)
+        learn.metrics.pop()
+    elif look == 'check': learn.distill_check(*args, n=1)
+    else: learn.weight_finder(*args, weights=[0.5], lr=1e-1)
+    now = everything(learn, teacher)
+    for k in found: assert same(found[k], now[k]), k
+    assert (kd._trained.state_dict() if kd._trained else None) is None if trained_losses is None else same(trained_losses, kd._trained.state_dict())
+    assert not list(tmp_path.iterdir())     # loggers were told that this is a trial
+
+def test_a_fit_after_looking_is_the_fit_without(trained):
+    "Bit for bit, with the same shuffles"
+    ends = []
+    for look in (False, True):
+        set_seed(3)
+        learn = learner(net(4, dropout=0.2), data(64, 16))
+        kd = KnowledgeDistillationCallback(trained, SoftTarget)
+        if look: learn.distill_check(kd), learn.weight_finder(kd, weights=[0.3])
+        learn.fit(2, 1e-2, cbs=kd)
+        ends.append(state(learn.model))
+    assert same(*ends)
+
+def test_norms_by_hand(trained):
+    "The gradient of each term, by a backward pass of its own"
+    dls = loaders(*[[(x, y) for x,y in trained.dls.train_ds]]*2, bs=256, shuffle=False)
+    model = mlp()
+    learn = learner(deepcopy(model), dls)
+    check = learn.distill_check(KnowledgeDistillationCallback(trained, [SoftTarget(T=3), Match(nn.MSELoss(), weight=2)], weight=0.7))
+    x,y = dls.one_batch()
+    trained.model.eval()
+    with torch.no_grad(): t = trained.model(x)
+    def norm(loss):
+        grads = torch.autograd.grad(loss(model(x)), list(model.parameters()))
+        return sum((g**2).sum() for g in grads).sqrt().item()
+    kl = lambda s: 9*F.kl_div((s/3).log_softmax(1), (t/3).softmax(1), reduction='batchmean')
+    want = [0.3*norm(lambda s: F.cross_entropy(s, y)), 0.7*norm(kl), 0.7*2*norm(lambda s: F.mse_loss(s, t))]
+    assert check.terms['gradient norm'].tolist() == pytest.approx(want, rel=1e-4)
+    assert check.terms['weighted loss'].tolist() == pytest.approx([0.3*F.cross_entropy(model(x), y).item(), 0.7*kl(model(x)).item(), 1.4*F.mse_loss(model(x), t).item()], rel=1e-4)
+    assert check.models.loc['teacher','accuracy'] == pytest.approx(trained.validate()[1], abs=0.1)
+    assert check.models.loc['student','parameters'] == sum(p.numel() for p in model.parameters())
+
+def test_teacher_metrics_are_its_own(trained):
+    check = new(trained).distill_check(KnowledgeDistillationCallback(trained, SoftTarget))
+    assert check.models.loc['teacher',['valid_loss','accuracy']].tolist() == pytest.approx(list(trained.validate()))
+    assert check.warnings == [] and 'Nothing looks wrong' in repr(check) and 'accuracy' in check._repr_html_()
+
+def test_suggested_weight_makes_gradients_equal(trained):
+    def ratio(**kw):
+        set_seed(0)
+        c = new(trained).distill_check(KnowledgeDistillationCallback(trained, Match(SoftTarget, weight=1e-3), **kw))
+        return c.terms['gradient norm'][1]/c.terms['gradient norm'][0],c.warnings
+    r,(text,) = ratio()
+    assert r < 1/30 and 'the task loss is' in text
+    w = dict((k, float(v)) for k,v in (o.split('=') for o in text.split('; ')[1].split(' would')[0].split(', ')))
+    assert ratio(**w)[0] == pytest.approx(1, rel=0.1) and not ratio(**w)[1]
+
+def test_schedules_are_judged_where_they_end(trained):
+    assert new(trained).distill_check(KnowledgeDistillationCallback(trained, SoftTarget, weight=SchedCos(0, .5))).warnings == []
+    assert 'weight of the distillation loss is 0' in new(trained).distill_check(KnowledgeDistillationCallback(trained, SoftTarget, weight=0)).warnings[0]
+
+silent = lambda t: KnowledgeDistillationCallback(t, SoftTarget)
+@pytest.mark.parametrize('name,kd,msg', [
+    ('order', lambda t: KnowledgeDistillationCallback(Permuted(t.model), SoftTarget), 'than guessing would'),
+    ('inputs', lambda t: KnowledgeDistillationCallback(Inverted(t.model), SoftTarget), 'than guessing would'),
+    ('flat', lambda t: KnowledgeDistillationCallback(t, SoftTarget(T=500)), 'are flat'),
+    ('weight', lambda t: KnowledgeDistillationCallback(t, Match(SoftTarget, weight=1e-3)), 'task loss is .* times as large'),
+    ('other weight', lambda t: KnowledgeDistillationCallback(t, SoftTarget, weight=1000, task_weight=1), 'distillation loss is .* times as large'),
+    ('depth', lambda t: KnowledgeDistillationCallback(t, Attention, '0.0', '1.2', weight=0.9), 'of the depth'),
+])
+def test_each_warning(trained, name, kd, msg):
+    found = new(trained).distill_check(kd(trained)).warnings
+    assert any(re.search(msg, w) for w in found), found
+    assert new(trained).distill_check(silent(trained)).warnings == []
+
+def test_no_gradient(trained):
+    learn = new(trained)
+    for p in learn.model[0].parameters(): p.requires_grad_(False)
+    found = learn.distill_check(KnowledgeDistillationCallback(trained, Attention, '0', '0', weight=0.9)).warnings
+    assert any('does not reach the student' in w for w in found)
+
+def test_student_better_than_teacher(trained):
+    weak = learner(net(8), trained.dls)
+    weak.fit(1, 1e-3)
+    student = learner(deepcopy(trained.model), trained.dls)
+    found = student.distill_check(KnowledgeDistillationCallback(weak, SoftTarget)).warnings
+    assert any('better than the teacher already' in w or 'guessing' in w for w in found)
+    assert new(trained).distill_check(silent(trained)).warnings == []
+
+def test_labels_that_are_none(trained):
+    items = [(x, torch.tensor(0)) for x,_ in trained.dls.train_ds]
+    learn = learner(net(4), loaders(items, items[:64], 64))
+    assert any('looks at the labels' in w for w in learn.distill_check(KnowledgeDistillationCallback(trained, DecoupledKD)).warnings)
+    assert not any('looks at the labels' in w for w in learn.distill_check(silent(trained)).warnings)
+
+def normalised(mean, vocab='abc'):
+    dls = data(256, 64)
+    for dl in dls.loaders: dl.after_batch.add(Normalize.from_stats([mean]*2, [1.]*2, cuda=False))
+    dls.vocab = list(vocab)
+    return dls
+
+def test_data_that_differ(trained):
+    def check(teacher_dls, dls, **kw):
+        teacher = Teacher(learner(deepcopy(trained.model), teacher_dls), **kw)
+        return learner(net(4), dls).distill_check(KnowledgeDistillationCallback(teacher, SoftTarget))
+    sound = check(normalised(0.), normalised(0.))
+    assert sound.warnings == [] and sound.data.same.tolist() == ['yes']*3
+    shifted = check(normalised(0.), normalised(.1))
+    assert sum('normalise them again' in w for w in shifted.warnings) == 1 and shifted.data.same['mean'] == 'no'
+    assert not any('normalise' in w for w in check(normalised(0.), normalised(.1), input_tfm=lambda x: x+.1).warnings)
+    other = check(normalised(0.), normalised(0., 'bca'))
+    assert any('other classes' in w for w in other.warnings)
+    assert check(data(256, 64), normalised(0.)).data.same.tolist() == ['not known']*3
+
+def test_the_fit_warns_at_its_first_batch(trained):
+    bad = KnowledgeDistillationCallback(Permuted(trained.model), SoftTarget)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        new(trained).fit(2, cbs=bad)
+    assert len([w for w in found if 'guessing' in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for kd in (KnowledgeDistillationCallback(trained, SoftTarget), KnowledgeDistillationCallback(trained, Attention, '0', '0', weight=0.9)): new(trained).fit(1, cbs=kd)
+        new(trained).fit(1, cbs=[bad, MixUp()])          # labels are mixed: cannot be told
+        small = data(24, 4)
+        learner(net(4), small).fit(1, cbs=bad)           # too few
+
+def test_what_the_fit_raises_the_check_raises(trained):
+    learn = new(trained)
+    before = state(learn.model)
+    with pytest.raises(KeyError, match='Nearest names'): learn.distill_check(KnowledgeDistillationCallback(trained, Attention, '9', '0'))
+    with pytest.raises(ValueError, match='number of classes'): learn.distill_check(KnowledgeDistillationCallback(nn.Sequential(nn.Flatten(), nn.Linear(128, 5)), SoftTarget))
+    with pytest.raises(ValueError, match='but got none'): learn.distill_check()
+    assert same_state(learn.model, before) and n_hooks(learn.model, trained.model) == 0
+
+def test_check_of_a_recording(trained, tmp_path):
+    learn = new(trained)
+    rec = record_teacher(trained, learn.dls, tmp_path/'a.rec')
+    check = learn.distill_check(KnowledgeDistillationCallback(rec, SoftTarget))
+    assert check.warnings == [] and check.models.loc['teacher'].isna()['accuracy']
+
+def test_check_of_values_and_of_several_labels():
+    "Where nothing has one class, nothing is said of classes"
+    items = [(torch.randn(6), torch.rand(3)) for _ in range(32)]
+    dls = loaders(items, items, 16)
+    for loss,kd in ((F.mse_loss, Logits), (F.binary_cross_entropy_with_logits, MultiLabelSoftTarget)):
+        learn = Learner(dls, nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)), loss_func=loss)
+        with learn.no_bar(): check = learn.distill_check(KnowledgeDistillationCallback(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3)), kd))
+        assert not any('class' in w for w in check.warnings) and 'valid_loss' in check.models
+
+# layers
+
+def test_match_layers_of_torchvision():
+    from fastai.vision.all import create_vision_model, mobilenet_v3_small, resnet18, resnet34
+    x = torch.randn(2, 3, 64, 64)
+    student,teacher = resnet18(num_classes=2),create_vision_model(resnet34, 2, pretrained=False)
+    teacher.train()
+    before = state(teacher)
+    pairs = match_layers(student, teacher, x)
+    assert list(pairs) == [['layer1','layer2','layer3','layer4'],['0.4','0.5','0.6','0.7']] and set(pairs.table.channels) == {'same'}
+    assert same_state(teacher, before) and all(m.training for m in teacher.modules()) and n_hooks(student, teacher) == 0
+    table = match_layers(mobilenet_v3_small(num_classes=2), teacher, x).table
+    assert table['teacher layer'].tolist() == ['0.4','0.5','0.6','0.7'] and set(table.channels) == {'need a projector'}
+    assert [a[1:] for a in table['shape']] == [b[1:] for b in table['shape ']]     # the same resolution
+    for choices in table['or of the teacher']: assert set(choices.split(', ')) <= set(get_model_layers(teacher))
+
+def test_match_layers_feeds_the_callback(trained):
+    learn = new(trained)
+    x = learn.dls.one_batch()[0]
+    learn.fit(1, cbs=KnowledgeDistillationCallback(trained, Attention, *match_layers(learn, trained, x), weight=0.9))
+    half = Teacher(trained, input_tfm=lambda x: x)
+    assert list(match_layers(learn, half, x)) == [['0','1'],['0','1']]
+
+def test_match_layers_of_transformers():
+    "Blocks at the same share of the depth"
+    transformers = pytest.importorskip('transformers')
+    def vit(n, width): return transformers.ViTForImageClassification(transformers.ViTConfig(hidden_size=width, num_hidden_layers=n, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=16))
+    s,t = match_layers(vit(2, 8), vit(6, 16), torch.randn(1, 3, 32, 32))
+    assert [n[-1] for n in s] == ['0','1'] and [n[-1] for n in t] == ['2','5']
+
+def test_layer_shapes_against_hooks_of_fastai():
+    from fastai.callback.hook import hook_outputs
+    model,x = nn.Sequential(*list(net().children())[:2]),torch.randn(2, 2, 64, 64)
+    table = layer_shapes(model, x)
+    with hook_outputs([get_layer(model, n) for n in table.layer], detach=False) as hooks:
+        model(x)
+        assert table['shape'].tolist() == [tuple(o.shape) for o in hooks.stored]
+    leaves = table[~table.block]
+    assert leaves.depth.tolist() == pytest.approx([i/6 for i in range(1, 7)]) and table.set_index('layer').depth[['0','1']].tolist() == [0.5,1]
+
+# weight_finder
+
+def test_weight_finder_against_fits_by_hand(trained):
+    "Each row is what a fit of a fresh copy ends with"
+    set_seed(0)
+    model = net(4)
+    learn = learner(deepcopy(model), data(64, 16))
+    found = learn.weight_finder(KnowledgeDistillationCallback(trained, SoftTarget), weights=[0.8], temperatures=[2], n_epoch=2, lr=1e-2, seeds=2)
+    assert found.table.weight.tolist() == [0,0,.8,.8] and found.table.seed.tolist() == [0,1,0,1]
+    for row in found.table.itertuples():
+        other = learner(deepcopy(model), data(64, 16))
+        for dl in other.dls.loaders: dl.rng = random.Random(row.seed)
+        set_seed(row.seed)
+        other.fit_one_cycle(2, 1e-2, cbs=KnowledgeDistillationCallback(trained, SoftTarget(T=2), weight=0.8) if row.weight else [])
+        assert list(other.recorder.values[-1][1:3]) == pytest.approx([row.valid_loss, row.accuracy], abs=1e-6)
+    assert len(found.means) == 2 and set(found.means) == {'weight','T','mean','std'}
+
+def test_weight_finder_suggests_the_best(trained):
+    from fastdistill.check import WeightSearch
+    def search(monitor, *values): return WeightSearch(pd.DataFrame([{'weight':w, 'T':t, 'seed':s, monitor:v} for w,t,s,v in values]), monitor)
+    rows = (0.,None,0,.6),(0.,None,1,.8),(.3,1,0,.5),(.3,1,1,.7),(.3,4,0,.9),(.3,4,1,.8)
+    assert search('accuracy', *rows).suggestion == dict(weight=.3, T=4)
+    assert search('error_rate', *rows).suggestion == dict(weight=.3, T=1)
+    alone = search('accuracy', *rows[:4])
+    assert alone.suggestion == dict(weight=0) and 'No weight is better' in repr(alone) and '2 seeds' in alone._repr_html_()
+    assert len(search('accuracy', *rows).plot().lines) == 2*2+1
+
+def test_weight_finder_mistakes(trained):
+    learn,kd = new(trained),KnowledgeDistillationCallback(trained, Logits)
+    with pytest.raises(ValueError, match='no temperature'): learn.weight_finder(kd, temperatures=[2])
+    with pytest.raises(ValueError, match="one of train_loss, valid_loss, accuracy, but got 'f1'"): learn.weight_finder(kd, monitor='f1')
+
+# the parts of the loss
+
+def test_losses_of_each_batch(trained):
+    learn = new(trained)
+    kd = KnowledgeDistillationCallback(trained, [SoftTarget, Match(Attention, '0', '0', weight=5), Match(Attention, '1', '1')], weight=0.4)
+    seen = []
+    learn.fit(2, 1e-2, cbs=[kd, Callback(before_backward=lambda self: seen.append(self.learn.loss.item()))])
+    assert list(kd.losses) == ['task_loss','kd_loss','SoftTarget','Attention 1','Attention 2'] and {len(v) for v in kd.losses.values()} == {8} == {len(learn.recorder.losses)}
+    assert [.6*t + .4*k for t,k in zip(kd.losses['task_loss'], kd.losses['kd_loss'])] == pytest.approx([l.item() for l in learn.recorder.losses], rel=1e-4)
+    assert [sum(o) for o in zip(*list(kd.losses.values())[2:])] == pytest.approx(kd.losses['kd_loss'], rel=1e-4)
+    beta,mean = 0.98,0.     # smoothed as fastai does, by hand
+    for i,l in enumerate(seen): mean = beta*mean + (1-beta)*l
+    assert learn.recorder.losses[-1].item() == pytest.approx(mean/(1-beta**8), rel=1e-4)
+    lines = {l.get_label():l.get_ydata() for l in kd.plot_losses(skip_start=0).lines}
+    assert list(lines) == list(kd.losses) and list(lines['kd_loss']) == kd.losses['kd_loss']
+    learn.fit(1, 1e-2, cbs=kd)
+    assert len(kd.losses['kd_loss']) == 4     # of the last fit
+
+def test_schedule_is_drawn_as_it_runs(trained):
+    kd,seen = KnowledgeDistillationCallback(trained, SoftTarget, weight=SchedCos(0.1, .9)),[]
+    new(trained).fit(4, cbs=[kd, Callback(before_batch=lambda self: seen.append((self.pct_train, *self.knowledge_distillation.weights)))])
+    w,tw = (l.get_xydata() for l in kd.plot_schedule().lines)
+    for pct,a,b in seen: assert (a, b) == pytest.approx((np.interp(pct, *w.T), np.interp(pct, *tw.T)), abs=1e-3)
+
+def test_live_graph(trained):
+    "What the bar of a notebook gets"
+    drawn = []
+    class Bar:
+        hide_graph,names = False,['train','valid']
+        def update_graph(self, *args): drawn.append((list(self.names), *args))
+    def fit(*cbs):
+        learn = new(trained)
+        if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
+        learn.progress = SimpleNamespace(mbar=Bar())
+        with learn.no_logging(): Learner.fit(learn, 2, cbs=[ShowDistillationGraph(), *cbs])
+    fit(KnowledgeDistillationCallback(trained, SoftTarget))
+    assert [names for names,*_ in drawn] == [['train','valid','task','kd']]*2
+    (_,lines,(x0,x1),(y0,y1)) = drawn[-1]
+    assert [len(y) for _,y in lines] == [8,2,8,8] and (x0,x1,y0) == (0,8,0) and y1 == max(max(y) for _,y in lines)
+    with pytest.raises(ValueError, match='beside ShowDistillationGraph'): fit()

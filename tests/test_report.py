@@ -1,0 +1,204 @@
+"Comparing after a fit: tables against plain computations, nothing changed, and the report in a real browser."
+import re, shutil, subprocess
+from copy import deepcopy
+from html.parser import HTMLParser
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
+from fastai.basics import Learner, set_seed
+from fastai.callback.progress import CSVLogger
+from hypothesis import given, strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import nn
+from torch.nn import functional as F
+from conftest import data, learner, loaders, n_hooks, net, same_state, state
+from fastdistill.all import *
+from fastdistill.cli import digits_learner
+from test_check import everything, same
+
+@pytest.fixture(scope='module')
+def learners():
+    set_seed(0)
+    def fit(width):
+        learn = learner(net(width), data(64, 16))
+        learn.fit(2, 1e-2)
+        return learn
+    return dict(teacher=fit(8), scratch=[fit(4), fit(4), fit(4)], distilled=[fit(4), fit(4), fit(4)])
+
+@pytest.fixture(autouse=True)
+def _close():
+    yield
+    plt.close('all')
+
+def answers(learn):
+    x,y = learn.dls.valid.one_batch()
+    with torch.no_grad(): return learn.model.eval()(x),y
+
+@given(arrays(np.float32, (40,3), elements=st.floats(-30, 30, width=32)), st.integers(1, 20), st.randoms(use_true_random=False))
+def test_calibration_error_is_that_of_a_plain_loop(logits, n_bins, random):
+    targ = np.array([random.randrange(3) for _ in range(40)])
+    p = torch.tensor(logits).softmax(1)
+    conf,pred = (o.numpy() for o in p.max(1))
+    bins = [[] for _ in range(n_bins)]
+    for c,right in zip(conf, pred == targ): bins[min(n_bins, max(1, int(np.ceil(np.float32(c)*np.float32(n_bins)))))-1].append((c, right))
+    want = sum(abs(np.mean([r for _,r in b]) - np.mean([c for c,_ in b]))*len(b)/40 for b in bins if b)
+    assert calibration_error(torch.tensor(logits), torch.tensor(targ), n_bins) == pytest.approx(want, abs=1e-4)
+
+def test_agreement():
+    a,b = torch.randn(2, 30, 4)
+    p,q = (o.softmax(1).double().numpy() for o in (a,b))
+    assert agreement(a, b) == pytest.approx(((p.argmax(1) == q.argmax(1)).mean(), (q*np.log(q/p)).sum(1).mean()), abs=1e-5)
+    assert agreement(a, a) == pytest.approx((1, 0), abs=1e-6)
+
+def test_compare_against_plain_computations(learners):
+    table = compare(learners, baseline='scratch', n=2)
+    for name,ls in learners.items():
+        ls = ls if isinstance(ls, list) else [ls]
+        outs = [answers(l) for l in ls]
+        accs,eces = [(o.argmax(1) == y).float().mean().item() for o,y in outs],[calibration_error(o, y) for o,y in outs]
+        losses = [F.cross_entropy(o, y).item() for o,y in outs]
+        for column,values in (('accuracy',accs),('calibration error',eces),('valid_loss',losses)):
+            assert table.loc[name,column] == pytest.approx(np.mean(values), abs=1e-5)
+            if len(ls) > 1: assert table.loc[name,f'{column} ±'] == pytest.approx(np.std(values, ddof=1), abs=1e-5)
+        assert table.loc[name,'parameters'] == sum(p.numel() for p in ls[0].model.parameters())
+        assert table.loc[name,'MB'] == pytest.approx(sum(t.numel()*t.element_size() for t in ls[0].model.state_dict().values())/1e6)
+    teacher = answers(learners['teacher'])[0]
+    both = [agreement(answers(l)[0], teacher) for l in learners['distilled']]
+    assert table.loc['distilled',['agreement','KL from the teacher']].tolist() == pytest.approx(np.mean(both, axis=0).tolist(), abs=1e-5)
+    gains = [(answers(d)[0].argmax(1) == answers(d)[1]).float().mean() - (answers(s)[0].argmax(1) == answers(s)[1]).float().mean() for d,s in zip(learners['distilled'], learners['scratch'])]
+    assert table.loc['distilled','gain in accuracy'] == pytest.approx(np.mean(gains), abs=1e-6) and table.loc['distilled','gain in accuracy ±'] == pytest.approx(np.std(gains, ddof=1), abs=1e-6)
+    assert (table[['ms, batch of 1','ms, batch of 64']] > 0).all(axis=None) and pd.isna(table.loc['teacher','agreement'])
+
+def test_multiply_adds_by_hand(learners):
+    "Two strided convolutions of 3×3 on 8×8 images, and a linear layer"
+    table = compare(dict(a=learners['teacher']), n=1)
+    assert table.loc['a','million multiply-adds'] == pytest.approx((16*9*2*8 + 4*9*8*16 + 64*3)/1e6)
+
+def test_table_as_it_is_shown_and_stored(learners, tmp_path):
+    table = compare(learners, n=2)
+    assert isinstance(table, pd.DataFrame) and table.index.tolist() == list(learners)
+    shown = table.shown()
+    assert shown.columns.tolist() == list(learners) and f"{table.loc['scratch','accuracy']:.3f} ± {table.loc['scratch','accuracy ±']:.3f}" == shown.loc['accuracy','scratch']
+    assert 'nan' not in repr(table).lower() and '<table' in table._repr_html_()
+    table.to_csv(tmp_path/'a.csv')
+    assert np.allclose(pd.read_csv(tmp_path/'a.csv', index_col=0), table, equal_nan=True)
+    assert not isinstance(table[['accuracy']], type(table))     # a part is a plain DataFrame
+
+def test_comparing_changes_nothing(learners, tmp_path):
+    learn,teacher = learners['distilled'][0],learners['teacher'].model
+    learn.add_cb(CSVLogger(tmp_path/'log.csv'))
+    found = everything(learn, teacher)
+    compare(learners, n=1)
+    interp = DistillationInterpretation.from_learners(learners['teacher'], learn, learners['scratch'][0])
+    interp.plot_disagreements(2), interp.plot_attention([0], '0', '0'), interp.per_class()
+    now = everything(learn, teacher)
+    found['cbs'],now['cbs'] = ([type(cb) for cb in o['cbs']] for o in (found, now))     # fastai's no_bar puts a new bar back
+    learn.remove_cb(CSVLogger)
+    assert not list(tmp_path.iterdir())
+    for k in found: assert same(found[k], now[k]), k
+
+def test_mistakes_of_compare(learners):
+    with pytest.raises(ValueError, match='dictionary from names'): compare({})
+    with pytest.raises(ValueError, match='dictionary from names'): compare(dict(a=net()))
+    with pytest.raises(ValueError, match="one of teacher, scratch, distilled, but got 'best'"): compare(learners, baseline='best')
+    other = learner(net(4), loaders(*[list(learners['teacher'].dls.valid_ds)[:8]]*2, 8))
+    with pytest.raises(ValueError, match='other was measured on other labels than teacher'): compare(dict(teacher=learners['teacher'], other=other))
+
+def test_values_have_neither_calibration_nor_agreement():
+    items = [(torch.randn(6), torch.rand(3)) for _ in range(32)]
+    learn = Learner(loaders(items, items, 16), nn.Linear(6, 3), loss_func=F.mse_loss)
+    table = compare(dict(teacher=learn), n=1)
+    assert 'calibration error' not in table and table.loc['teacher','valid_loss'] > 0
+
+def test_interpretation_against_plain_computations(learners):
+    teacher,student,scratch = learners['teacher'],learners['distilled'][0],learners['scratch'][0]
+    interp = DistillationInterpretation.from_learners(teacher, student, scratch)
+    (t,y),(s,_),(a,_) = map(answers, (teacher,student,scratch))
+    p,q = (o.softmax(1).numpy() for o in (t,s))
+    kl = (p*np.log(p/q)).sum(1)
+    found = interp.disagreements()
+    assert found.item.tolist() == np.argsort(-kl).tolist() and found.KL.tolist() == pytest.approx(sorted(kl, reverse=True), abs=1e-4)
+    assert found.label.tolist() == [str(y[i].item()) for i in found.item] and found.student.tolist() == [str(q[i].argmax()) for i in found.item]
+    matrix = interp.agreement_matrix()
+    for i in range(3):
+        for j in range(3): assert matrix.iat[i,j] == ((p.argmax(1) == i) & (q.argmax(1) == j)).sum()
+    table = interp.per_class()
+    for c,row in table.iterrows():
+        here = y == int(c)
+        assert row['items'] == here.sum() and row.student == pytest.approx((s[here].argmax(1) == y[here]).float().mean().item())
+        assert row.gain == pytest.approx(row.student - (a[here].argmax(1) == y[here]).float().mean().item())
+    assert torch.allclose(interp.probabilities(4)['teacher'], (t/4).softmax(1), atol=1e-6)
+    assert interp.top_losses(1)[0].item() == pytest.approx(F.cross_entropy(s, y, reduction='none').max().item(), abs=1e-5)
+
+def test_pictures_show_what_they_say(learners):
+    interp = DistillationInterpretation.from_learners(learners['teacher'].model, learners['distilled'][0])     # a module does as well
+    fig = interp.plot_dark_knowledge([3,1], T=2)
+    bars = {c.get_label():[b.get_height() for b in c] for c in fig.axes[1].containers}
+    assert list(bars) == ['teacher','student'] and bars['student'] == pytest.approx(interp.probabilities(2)['student'][3].tolist())
+    fig = interp.plot_attention([0,2], ['0','1'], ['0','1'])
+    x = learners['teacher'].dls.valid.one_batch()[0]
+    with torch.no_grad(): features = learners['teacher'].model[0](x[[0,2]])
+    assert np.allclose(fig.axes[1].images[0].get_array(), (features[0]**2).mean(0), atol=1e-5) and fig.axes[2].get_title() == 'student 0'
+    assert len(interp.plot_per_class().containers) == 2 and interp.plot_agreement().get_xlabel() == 'student says'
+    with pytest.raises(ValueError, match='from 0 to 15'): interp.plot_dark_knowledge([16])
+    with pytest.raises(ValueError, match='as many student layers'): interp.plot_attention([0], ['0','1'], ['0'])
+    with pytest.raises(ValueError, match='Expected images'): interp.plot_attention([0], ['4'], ['4'])
+
+def test_interpretation_of_images(tmp_path):
+    "Items that are decoded, with names of classes"
+    from fastai.vision.all import ImageDataLoaders, Normalize, Resize, imagenet_stats, vision_learner
+    from PIL import Image
+    from torchvision.models import resnet18
+    for i in range(24):
+        (tmp_path/'ab'[i%2]).mkdir(exist_ok=True)
+        Image.fromarray(np.random.RandomState(i).randint(0, 256, (40,40,3), dtype=np.uint8)).save(tmp_path/'ab'[i%2]/f'{i}.png')
+    dls = ImageDataLoaders.from_folder(tmp_path, valid_pct=0.5, seed=0, bs=4, item_tfms=Resize(32), batch_tfms=Normalize.from_stats(*imagenet_stats))
+    teacher,student = vision_learner(dls, resnet18, pretrained=False),Learner(dls, resnet18(num_classes=2))
+    interp = DistillationInterpretation.from_learners(teacher, student)
+    fig = interp.plot_disagreements(5)
+    image,items = np.asarray(fig.axes[0].images[0].get_array()),interp.disagreements(5)
+    file = dls.valid.items[items.item[0]]
+    assert abs(image/255 - np.asarray(Image.open(file).resize((32,32), Image.BILINEAR))/255).mean() < 0.02     # decoded
+    assert fig.axes[0].get_title() == f'item {items.item[0]}: {file.parent.name}' and set(items.teacher) <= {'a','b'}
+
+def test_interpretation_needs_classes():
+    items = [(torch.randn(6), torch.rand(3)) for _ in range(32)]
+    learn = Learner(loaders(items, items, 16), nn.Linear(6, 3), loss_func=nn.MSELoss())
+    learn.loss_func.reduction = 'mean'
+    with pytest.raises(ValueError, match='one class for each item'): DistillationInterpretation.from_learners(deepcopy(learn), learn)
+
+# the report
+
+class Links(HTMLParser):
+    def __init__(self): super().__init__(); self.urls,self.images = [],0
+    def handle_starttag(self, tag, attrs):
+        self.images += tag == 'img'
+        self.urls += [v for k,v in attrs if k in ('src','href')]
+
+@pytest.fixture
+def report(tmp_path):
+    fig,ax = plt.subplots()
+    ax.plot([1,2])
+    write_report(tmp_path/'report.html', 'A & B', [('Table <1>', pd.DataFrame(dict(a=[1,2])), ''), ('Figure', fig, 'A line'), ('', 'Some text', '')])
+    return tmp_path/'report.html'
+
+def test_report_needs_no_other_file(report):
+    links = Links()
+    links.feed(report.read_text(encoding='utf-8'))
+    assert links.images == 1 and all(u.startswith('data:') for u in links.urls)
+    text = report.read_text(encoding='utf-8')
+    assert 'A &amp; B' in text and 'Table &lt;1&gt;' in text and 'url(' not in text and not plt.get_fignums()
+
+browser = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+@pytest.mark.skipif(browser is None, reason='no Chromium on this machine')
+def test_report_in_a_browser(report, tmp_path):
+    "No failed request, nothing on the console, and pictures that have a size"
+    page = report.read_text(encoding='utf-8')
+    probe = ("<script>window.onerror=m=>document.title='error '+m;window.onload=()=>{"
+             "document.title=[...document.images].map(i=>i.naturalWidth+'x'+i.naturalHeight+' '+i.getBoundingClientRect().width).join(',')"
+             "+'|'+performance.getEntriesByType('resource').filter(r=>!r.name.startsWith('data:')).length}</script>")
+    (tmp_path/'probe.html').write_text(page.replace('</body>', probe+'</body>'), encoding='utf-8')
+    run = subprocess.run([browser, '--headless', '--no-sandbox', '--disable-gpu', '--enable-logging=stderr', f'--user-data-dir={tmp_path/"profile"}', '--virtual-time-budget=3000',
+                          '--dump-dom', (tmp_path/'probe.html').as_uri()], capture_output=True, text=True, timeout=120)
+    images,requests = re.search(r'<title>(.*)</title>', run.stdout)[1].split('|')
+    natural,shown = images.split(' ')
+    assert min(map(int, natural.split('x'))) > 100 and float(shown) > 100 and requests == '0'
+    assert 'CONSOLE' not in run.stderr and 'ERR_' not in run.stderr
