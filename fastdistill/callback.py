@@ -202,11 +202,15 @@ class _TrainedLosses:
         self.states = [{k:v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k,v in st.items()}
                        for p,st in zip(self.params, saved['states'] or [])] or None
 
-# %% ../nbs/03_callback.ipynb #73d5a0f2
+# %% ../nbs/03_callback.ipynb #2fb1eae3
 def _are_classes(y): return isinstance(y, Tensor) and y.ndim == 1 and not y.is_floating_point() and y.dtype != torch.bool
 
+def alike(a, b):
+    "Whether two facts of `describe_data` agree; means and deviations may come from a batch each"
+    return len(a) == len(b) and all(abs(x-y) < 0.05 if isinstance(x, float) else x == y for x,y in zip(a, b))
+
 def _brief(o):
-    text = str([round(x, 4) if isinstance(x, float) else x for x in o] if isinstance(o, (list,tuple)) else o)
+    text = str([round(x, 4) if isinstance(x, float) else x for x in o])
     return text if len(text) < 80 else f'{text[:76]} ...'
 
 # %% ../nbs/03_callback.ipynb #28acd79e
@@ -221,7 +225,7 @@ def no_better_than_chance(
     chance,half = 1/c,(1 + 1/c)/2
     return k <= at_most(chance, 1) <= at_most(half, -3)
 
-# %% ../nbs/03_callback.ipynb #45f2fe4a
+# %% ../nbs/03_callback.ipynb #8d508604
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
@@ -428,7 +432,7 @@ class KnowledgeDistillationCallback(Callback):
 
     def _other_data(self):
         teacher,student = self._teacher.data,describe_data(self.dls)
-        both = [k for k in teacher if k in student and teacher[k] != student[k]]
+        both = [k for k in teacher if k in student and not alike(teacher[k], student[k])]
         if self._teacher.input_tfm is not None: both = [k for k in both if k == 'classes']
         cures = dict(classes='its logits stand for other classes', size='`Teacher(model, input_tfm=...)` can resize them')
         return [f'The teacher was trained with {k} {_brief(teacher[k])}, but the student\'s batches have {_brief(student[k])}: '

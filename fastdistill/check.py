@@ -6,7 +6,7 @@
 __all__ = ['untouched', 'layer_shapes', 'LayerPairs', 'match_layers', 'TeacherModule', 'time_forward', 'model_size',
            'DistillCheck', 'WeightSearch']
 
-# %% ../nbs/04_check.ipynb #6aca5bd4
+# %% ../nbs/04_check.ipynb #798e09f3
 import itertools, math, random, time
 from contextlib import contextmanager
 from copy import deepcopy
@@ -19,11 +19,11 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.schedule import *     # gives Learner its fit_one_cycle
 from fastai.learner import Learner, Metric
 from fastai.torch_core import no_random, one_param, set_seed, to_device
-from fastcore.basics import listify, patch
+from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import nn, Tensor
-from .callback import KnowledgeDistillationCallback, Match, no_better_than_chance
-from .layers import StopForward, get_layer, get_model_layers, unwrap_model
+from .callback import KnowledgeDistillationCallback, alike, no_better_than_chance
+from .layers import unwrap_model
 from .teacher import Teacher, as_teacher, describe_data, get_logits
 
 # %% ../nbs/04_check.ipynb #0113bae7
@@ -286,7 +286,7 @@ def distill_check(self:Learner,
     found = first.concerns + _of_models(models, right) + _of_depths(self, kd, first.inputs) + _of_weights(kd, w, tw, *first.norms)
     return DistillCheck(models, _compare_data(teacher.data, describe_data(self.dls)), terms, found)
 
-# %% ../nbs/04_check.ipynb #b9c815e0
+# %% ../nbs/04_check.ipynb #e232dbf9
 def _largest(kd):
     "Both weights where the distillation loss has most, if they follow a schedule"
     def at(o, p): return o(p) if callable(o) else o
@@ -296,17 +296,17 @@ def _largest(kd):
 
 def _compare_models(learn, teacher, xb, dl, n):
     "Table of size, time and metrics of both; what share of the items the teacher names right"
-    rows,right,plain = {},(0,0,0),getattr(teacher, 'model', None)
+    rows,right = dict(teacher={}, student={}),(0,0,0)
     with untouched(learn), learn.no_bar(), learn.removed_cbs([cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)]):
         student,metrics = learn.model,learn.metrics
         learn.model.eval()
-        rows['teacher'],rows['student'] = {**model_size(plain), 'ms for a batch':math.nan},{**model_size(student), 'ms for a batch':np.median(time_forward(student, xb, n))}
+        rows['student'].update(model_size(student), **{'ms for a batch':np.median(time_forward(student, xb, n))})
         names = ['valid_loss',*metrics.attrgot('name')]
         if len(dl or learn.dls.valid): rows['student'].update(zip(names, learn.validate(dl=dl)))
         if not teacher.live: return pd.DataFrame(rows).T,right
         teacher.start(one_param(student).device)
         try:
-            rows['teacher']['ms for a batch'] = np.median(time_forward(teacher, xb, n))
+            rows['teacher'].update(model_size(teacher.model), **{'ms for a batch':np.median(time_forward(teacher, xb, n))})
             learn.model,learn.metrics = TeacherModule(teacher),metrics + [_Right()]
             if len(dl or learn.dls.valid):
                 *values,right = learn.validate(dl=dl)
@@ -321,7 +321,7 @@ def _compare_models(learn, teacher, xb, dl, n):
 def _compare_data(teacher, student):
     keys = [k for k in ('classes','size','mean','std') if k in teacher or k in student]
     def brief(o): return 'not known' if o is None else str([round(x, 4) if isinstance(x, float) else x for x in o])[:60]
-    same = ['not known' if k not in teacher or k not in student else 'yes' if teacher[k] == student[k] else 'no' for k in keys]
+    same = ['not known' if k not in teacher or k not in student else 'yes' if alike(teacher[k], student[k]) else 'no' for k in keys]
     return pd.DataFrame(dict(teacher=[brief(teacher.get(k)) for k in keys], student=[brief(student.get(k)) for k in keys], same=same), index=keys)
 
 def _of_models(models, right):

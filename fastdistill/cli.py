@@ -81,7 +81,7 @@ def train_students(
             _say(f'{name}, seed {seed}: accuracy {rows[-1]["accuracy"]:.3f} ({time.perf_counter()-start:.0f} s)')
     return pd.DataFrame(rows),learners
 
-# %% ../nbs/07_cli.ipynb #df13291a
+# %% ../nbs/07_cli.ipynb #b8facd5b
 def plot_results(
     runs:pd.DataFrame, # Rows of `train_students`
     table:pd.DataFrame, # Table of `compare`, with the teacher in its first row
@@ -120,18 +120,15 @@ def report(
     fig = plot_results(runs, table)
     fig.savefig(out/'results.png', dpi=120)
     for name,ls in learners.items(): ls[0].export((out/f'student-{name.split()[-1]}.pkl').absolute())
-    n,device = runs.seed.nunique(),next(teacher.model.parameters()).device
-    note = (f'{n} seeds, ± is their standard deviation; ' if n > 1 else 'One seed says nothing about the spread; ') + \
-           f'of times it is half the range of the middle half, on {device} with {torch.get_num_threads()} threads. KL is in nats.'
-    print(f'\n{table}\n\n{note} Written to {out}/: results.csv, runs.csv, results.png, report.html and the students.')
-    with teacher.no_bar(): _write_page(out/'report.html', table, note, fig, teacher, learners[others[0]][0], others[0], learners[scratch][0])
+    print(f'\n{table}\nWritten to {out}/: results.csv, runs.csv, results.png, report.html and the students.')
+    with teacher.no_bar(): _write_page(out/'report.html', table, fig, teacher, learners[others[0]][0], others[0], learners[scratch][0])
     return table
 
-def _write_page(file, table, note, fig, teacher, student, name, scratch):
+def _write_page(file, table, fig, teacher, student, name, scratch):
     "The report for a browser: `student`, of the first seed, is looked at more closely"
     interp = DistillationInterpretation.from_learners(teacher, student, scratch)
     write_report(file, 'Distillation', [
-        ('Side by side', table, ''), ('', note, ''), ('Training', fig, 'Learning curves, shaded from the worst to the best seed, and final accuracies'),
+        ('Side by side', table, ''), ('', table.note(), ''), ('Training', fig, 'Learning curves, shaded from the worst to the best seed, and final accuracies'),
         ('Classes', interp.plot_per_class().figure, f'Accuracy class by class; the student is {name}, of the first seed'),
         ('Agreement', interp.plot_agreement().figure, 'What the student says where the teacher says something'),
         ('Disagreements', interp.plot_disagreements(), 'The images on which the student is farthest from its teacher, and what each takes them for'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['calibration_error', 'agreement', 'Comparison', 'compare', 'DistillationInterpretation', 'write_report']
 
-# %% ../nbs/06_report.ipynb #d7b3f6f2
+# %% ../nbs/06_report.ipynb #580050b1
 import io, math
 from base64 import b64encode
 from html import escape
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
-from fastai.torch_core import noop, one_param, show_image, to_device
+from fastai.torch_core import one_param, show_image, to_device
 from fastcore.basics import listify
-from torch import nn, Tensor
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from .check import TeacherModule, model_size, time_forward, untouched
 from .layers import FeatureHooks
@@ -47,7 +47,7 @@ def agreement(
     s,t = (o.float().log_softmax(1) for o in (student,teacher))
     return (student.argmax(1) == teacher.argmax(1)).float().mean().item(),F.kl_div(s, t, log_target=True, reduction='batchmean').item()
 
-# %% ../nbs/06_report.ipynb #c8222774
+# %% ../nbs/06_report.ipynb #13b45f34
 def _inputs_of(dl, n):
     "Inputs of `n` items, repeated where the first batch has fewer"
     b = dl.one_batch()
@@ -70,8 +70,8 @@ def _cost(learn, dl, batch_sizes, n):
     row = {'parameters':size['parameters'], 'MB':size['MB'], 'million multiply-adds':_multiply_adds(model, to_device(_inputs_of(dl, 1), device))}
     for bs,x in zip(batch_sizes, xb):
         times = np.array(time_forward(model, x, n))
-        row[f'ms, batch of {bs}'] = np.median(times)
-        row[f'ms, batch of {bs} ±'] = np.subtract(*np.percentile(times, [75,25]))/2
+        row[f'ms per item, batch of {bs}'] = np.median(times)/bs
+        row[f'ms per item, batch of {bs} ±'] = np.subtract(*np.percentile(times, [75,25]))/2/bs
     return row
 
 class _Keep(Callback):
@@ -90,7 +90,7 @@ def _quality(learn, dl):
     if logits.ndim == 2 and isinstance(targ, Tensor) and targ.ndim == 1 and not targ.is_floating_point(): row['calibration error'] = calibration_error(logits, targ)
     return row,logits,targ
 
-# %% ../nbs/06_report.ipynb #e3220d66
+# %% ../nbs/06_report.ipynb #5d6a7380
 class Comparison(pd.DataFrame):
     "Table of `compare`: a row for each model, shown with models side by side"
     @property
@@ -98,15 +98,19 @@ class Comparison(pd.DataFrame):
 
     def shown(self) -> pd.DataFrame: # Texts, a column for each model
         "The table as it is shown: spreads behind the values they belong to"
-        def text(v, s):
-            if isinstance(v, str) or pd.isna(v): return '' if not isinstance(v, str) else v
-            t = f'{v:,.0f}' if float(v).is_integer() and abs(v) >= 1000 else f'{v:,.1f}' if abs(v) >= 100 else f'{v:.3f}'
-            return t if pd.isna(s) else f'{t} ± {s:.3f}'
+        def number(v): return f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.1f}' if abs(v) >= 100 else f'{v:.3f}' if abs(v) >= 0.1 or v == 0 else f'{v:.4f}'
+        def text(v, s): return '' if pd.isna(v) else number(v) if pd.isna(s) else f'{number(v)} ± {number(s)}'
         names = [c for c in self.columns if not c.endswith(' ±')]
         return pd.DataFrame({m:[text(self.at[m,c], self.at[m,f'{c} ±'] if f'{c} ±' in self else math.nan) for c in names] for m in self.index}, index=names)
 
-    def __repr__(self): return self.shown().to_string()
-    def _repr_html_(self): return self.shown().to_html()
+    def __repr__(self): return f'{self.shown().to_string()}\n\n{self.note()}'
+    def _repr_html_(self): return f'{self.shown().to_html()}<p>{escape(self.note())}</p>'
+
+    def note(self) -> str: # Text
+        "What ± means, and where the times were measured"
+        n = self.attrs.get('seeds', 1)
+        return (f'{n} seeds, ± is their standard deviation. ' if n > 1 else 'One seed says nothing about the spread. ') + \
+               f'Times: median of {self.attrs.get("n")} passes on {self.attrs.get("device")}, ± half the range of the middle half. KL in nats.'
 
 def compare(
     learners:dict, # Name -> trained `Learner`, or a list of those of several seeds
@@ -132,7 +136,10 @@ def compare(
         with untouched(ls[0]): rows[k] = {**_cost(ls[0], dl or ls[0].dls.valid, batch_sizes, n), **_summary([o[0] for o in found[k]])}
     if baseline is not None: _add_gains(rows, found, baseline, learners[baseline][0].metrics.attrgot('name'))
     columns = dict.fromkeys(c for row in sorted(rows.values(), key=len, reverse=True) for c in row)
-    return Comparison(pd.DataFrame(rows).T.reindex(columns=columns).infer_objects())
+    table = Comparison(pd.DataFrame(rows).T.reindex(columns=columns).infer_objects())
+    device = one_param(next(iter(learners.values()))[0].model).device
+    table.attrs.update(seeds=max(map(len, learners.values())), n=n, device=f'{device}, {torch.get_num_threads()} threads' if device.type == 'cpu' else torch.cuda.get_device_name(device))
+    return table
 
 def _add_agreement(found, teacher):
     "Beside the quality of each run: how it agrees with the first teacher"

@@ -173,6 +173,7 @@ def test_data_that_differ(trained):
         return learner(net(4), dls).distill_check(KnowledgeDistillationCallback(teacher, SoftTarget))
     sound = check(normalised(0.), normalised(0.))
     assert sound.warnings == [] and sound.data.same.tolist() == ['yes']*3
+    assert check(normalised(0.), normalised(.02)).warnings == []     # of a batch each, perhaps
     shifted = check(normalised(0.), normalised(.1))
     assert sum('normalise them again' in w for w in shifted.warnings) == 1 and shifted.data.same['mean'] == 'no'
     assert not any('normalise' in w for w in check(normalised(0.), normalised(.1), input_tfm=lambda x: x+.1).warnings)

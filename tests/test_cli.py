@@ -38,7 +38,7 @@ def test_digits(run, tmp_path):
     assert files == {'results.csv','runs.csv','results.png','report.html','student-scratch.pkl','student-SoftTarget.pkl','student-Attention.pkl'}
     table,runs = (pd.read_csv(tmp_path/'new'/'folder'/f) for f in ('results.csv','runs.csv'))
     assert list(table.model) == ['teacher','student, scratch','student, SoftTarget','student, Attention']
-    assert len(runs) == 3*2*2 and (table[['ms, batch of 1','ms, batch of 64','MB']] > 0).all(axis=None)
+    assert len(runs) == 3*2*2 and (table[['ms per item, batch of 1','ms per item, batch of 64','MB']] > 0).all(axis=None)
     last = runs[runs.epoch==2].groupby('method').accuracy
     for name in table.model[1:]:
         row = table.set_index('model').loc[name]

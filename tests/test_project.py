@@ -45,9 +45,14 @@ def test_no_vision_at_import():
 
 def test_all_exports_what_the_modules_export():
     import fastdistill.all as a
-    from fastdistill import callback, layers, losses, teacher
-    for m in (losses, layers, teacher, callback):
+    from fastdistill import callback, check, layers, losses, recording, report, teacher
+    for m in (losses, layers, teacher, callback, check, recording, report):
         for n in m.__all__: assert getattr(a, n) is getattr(m, n)
+
+@pytest.mark.parametrize('page', pages, ids=lambda p: p.stem)
+def test_figures_have_captions(page):
+    for c in json.loads(page.read_text())['cells']:
+        if any('image/png' in o.get('data', {}) for o in c.get('outputs', [])): assert '#| fig-cap: ' in ''.join(c['source'])
 
 @pytest.mark.parametrize('page', pages, ids=lambda p: p.stem)
 def test_page_has_a_title_and_no_stored_error(page):

@@ -1,0 +1,60 @@
+"The code of the three experiments' pages, on a handful of made images in the layout of their data."
+from pathlib import Path
+import matplotlib.pyplot as plt
+import nbformat, numpy as np, pytest, torch
+from fastai.data.external import fastai_cfg
+from PIL import Image
+
+pages = Path(__file__).parents[1]/'nbs/tutorials'
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "A folder for fastai's data, in place of the user's"
+    monkeypatch.setenv('FASTAI_HOME', str(tmp_path))
+    monkeypatch.chdir(pages)
+    fastai_cfg.cache_clear()
+    yield tmp_path/'data'
+    fastai_cfg.cache_clear()
+    plt.close('all')
+
+def save(file, size, mode='RGB', rng=np.random.RandomState(0)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.randint(0, 256, (size,size,3) if mode == 'RGB' else (size,size), dtype=np.uint8)).save(file)
+
+def run(name, changes, without_network=()):
+    "Run the page's cells; each of `changes` has to be found. Cells that need a network run where `without_network` says how"
+    names,missing = {},set(changes)
+    for c in nbformat.read(pages/f'{name}.ipynb', 4).cells:
+        if c.cell_type != 'code' or '#| eval: false' in c.source and not any(o in c.source for o in without_network): continue
+        source = c.source
+        for old,new in changes.items():
+            if old in source:
+                source = source.replace(old, new)
+                missing.discard(old)
+        exec(compile(source, f'{name}.ipynb', 'exec'), names)
+    assert not missing
+    return names
+
+def check(names, n_methods, *metrics):
+    assert len(names['results']) == n_methods
+    for o in names['results'].values(): assert set(o) == set(metrics) and all(0 <= v <= 1 for v in o.values())
+    for name,learn in names['learners'].items(): assert torch.tensor(learn.recorder.values).isfinite().all(), name
+    assert set(names['runs'].method) == set(names['results']) and {0,1,2} <= set(names['runs'].seed)     # the stored results are this page's, of three seeds
+
+def test_pets(home, monkeypatch):
+    for i in range(42):
+        save(home/'oxford-iiit-pet/images'/f'Cat_{i}.jpg', 70)
+        save(home/'oxford-iiit-pet/images'/f'dog_{i}.jpg', 70)
+    from torchvision.models import resnet34
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', lambda *args, **kwargs: resnet34().state_dict())
+    names = run('pets', {'n_epoch,teacher_epochs = 10,40':'n_epoch,teacher_epochs = 1,1', 'fit_one_cycle(10,':'fit_one_cycle(1,'}, ['vision_learner(dls, resnet34, metrics'])
+    check(names, 5, 'accuracy')
+
+@pytest.mark.parametrize('name', ['pets'])
+def test_the_command_that_runs_a_page_finds_its_students(name, monkeypatch):
+    monkeypatch.syspath_prepend(pages.parents[1]/'benchmarks')
+    from tutorial import cells_of
+    before,students,after = ([c.source for _,c in part] for part in cells_of(nbformat.read(pages/f'{name}.ipynb', 4)))
+    assert students[0] == 'seed = 0' and sum('set_seed(seed)' in s for s in students) >= 2 and students[-1].startswith('results = ')
+    assert any('teacher.fit' in s for s in before) and after[0].startswith('runs = ')
+    assert not any('set_seed(seed)' in s for s in before+after)
