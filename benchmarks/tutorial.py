@@ -1,6 +1,6 @@
 """Run a tutorial in full, keep its outputs in the page, and its results for several seeds beside this script.
 
-    python benchmarks/tutorial.py mnist [seeds]        # the name of a page; writes benchmarks/mnist.csv
+    python benchmarks/tutorial.py beans [seeds]        # the name of a page; writes benchmarks/beans.csv
 
 The page is run once, as a reader would. Its cells from `seed = 0` to `results` are then run again for each further seed. The page says where it
 looks for its data.
@@ -42,7 +42,8 @@ def run(name, seeds=3):
             machine = f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}'
             pd.DataFrame(rows).assign(machine=machine).to_csv(csv, index=False, float_format='%.4f')
             print(f'{name}, seed {seed}', flush=True)
-        for i,c in after: client.execute_cell(c, i)
-    nbformat.write(nb, page)
+        try:
+            for i,c in after: client.execute_cell(c, i)
+        finally: nbformat.write(nb, page)     # a claim on the page that does not hold loses no outputs
 
 if __name__ == '__main__': run(sys.argv[1], *map(int, sys.argv[2:]))

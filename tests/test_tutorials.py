@@ -1,5 +1,7 @@
 "The code of the three experiments' pages, on a handful of made images in the layout of their data."
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 import matplotlib.pyplot as plt
 import nbformat, numpy as np, pytest, torch
 from fastai.data.external import fastai_cfg
@@ -50,7 +52,21 @@ def test_pets(home, monkeypatch):
     names = run('pets', {'n_epoch,teacher_epochs = 10,40':'n_epoch,teacher_epochs = 1,1', 'fit_one_cycle(10,':'fit_one_cycle(1,'}, ['vision_learner(dls, resnet34, metrics'])
     check(names, 5, 'accuracy')
 
-@pytest.mark.parametrize('name', ['pets'])
+def test_beans(home, monkeypatch):
+    class Split(list): features = dict(labels=SimpleNamespace(names=['angular_leaf_spot','bean_rust','healthy']))
+    def load_dataset(name): return {s:Split(dict(labels=i%3, image=Image.new('RGB', (60,60), (i,2*i,3*i))) for i in range(n)) for s,n in (('train',33),('validation',6),('test',6))}
+    hub = ModuleType('datasets')
+    hub.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, 'datasets', hub)
+    from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+    vit = ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3))
+    monkeypatch.setattr(AutoModelForImageClassification, 'from_pretrained', lambda name: vit)
+    names = run('beans', {'n_epoch,size = 30,96':'n_epoch,size = 2,32', 'hidden_sizes=[64,128,256,512]':'hidden_sizes=[8,8,8,8]'}, ['load_dataset','AutoModel'])
+    check(names, 3, 'accuracy', 'f1')
+    assert list((names['distilled'].path/'logs').iterdir())
+    names['distilled'].fit(1, cbs=names['KnowledgeDistillationCallback'](names['Teacher'](vit, input_tfm=lambda x: torch.nn.functional.interpolate(x, size=224))))
+
+@pytest.mark.parametrize('name', ['pets','beans'])
 def test_the_command_that_runs_a_page_finds_its_students(name, monkeypatch):
     monkeypatch.syspath_prepend(pages.parents[1]/'benchmarks')
     from tutorial import cells_of
