@@ -527,6 +527,7 @@ d = { 'settings': { 'branch': 'main',
                                      'fastdistill.teacher.Teacher.start': ('teacher.html#teacher.start', 'fastdistill/teacher.py'),
                                      'fastdistill.teacher.Teacher.stop': ('teacher.html#teacher.stop', 'fastdistill/teacher.py'),
                                      'fastdistill.teacher._describe': ('teacher.html#_describe', 'fastdistill/teacher.py'),
+                                     'fastdistill.teacher._is_collection': ('teacher.html#_is_collection', 'fastdistill/teacher.py'),
                                      'fastdistill.teacher.as_teacher': ('teacher.html#as_teacher', 'fastdistill/teacher.py'),
                                      'fastdistill.teacher.describe_data': ('teacher.html#describe_data', 'fastdistill/teacher.py'),
                                      'fastdistill.teacher.get_logits': ('teacher.html#get_logits', 'fastdistill/teacher.py')}}}

@@ -37,18 +37,20 @@ def _describe(out):
     if isinstance(out, Tensor): return f'{tuple(out.shape)} {out.dtype}'.replace('torch.', '')
     return f'{type(out).__name__} of {len(out)} items' if isinstance(out, (tuple,list)) else type(out).__name__
 
-# %% ../nbs/02_teacher.ipynb #3dd4e111
+# %% ../nbs/02_teacher.ipynb #b2382625
 def describe_data(
     dls, # `DataLoaders`
 ) -> dict: # 'classes', 'mean', 'std' and 'size' (of an image, in pixels), those that are known
     "What a network that was trained on `dls` expects"
     tfms = [t for name in ('after_item','after_batch') for t in getattr(getattr(dls, name, None), 'fs', [])]
     vocab,normalize = getattr(dls, 'vocab', None),next((t for t in tfms if isinstance(t, Normalize)), None)
-    if is_listy(vocab) and len(vocab) and is_listy(vocab[-1]): vocab = vocab[-1]     # of texts and their classes
-    size = next((t.size for t in reversed(tfms) if getattr(t, 'size', None) is not None), None)
-    facts = dict(classes=None if vocab is None else list(vocab), size=None if size is None else tuple(listify(size)))
+    if is_listy(vocab) and len(vocab) and _is_collection(vocab[-1]): vocab = vocab[-1]     # of texts and their classes
+    size = next((t.size for t in reversed(tfms) if isinstance(getattr(t, 'size', None), (int,tuple,list))), None)
+    facts = dict(classes=list(vocab) if _is_collection(vocab) else None, size=None if size is None else tuple(listify(size)))
     if normalize is not None: facts.update({k:getattr(normalize, k).flatten().tolist() for k in ('mean','std')})
     return {k:v for k,v in facts.items() if v is not None}
+
+def _is_collection(o): return hasattr(o, '__iter__') and not isinstance(o, (str,Tensor))
 
 # %% ../nbs/02_teacher.ipynb #d6d2aab8
 class Teacher:

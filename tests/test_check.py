@@ -181,6 +181,17 @@ def test_data_that_differ(trained):
     assert any('other classes' in w for w in other.warnings)
     assert check(data(256, 64), normalised(0.)).data.same.tolist() == ['not known']*3
 
+def test_data_described():
+    from fastai.data.transforms import CategoryMap
+    from fastai.vision.augment import RandomResizedCrop, Resize
+    from fastdistill.teacher import describe_data
+    def of(vocab=None, *tfms): return describe_data(SimpleNamespace(vocab=vocab, after_item=SimpleNamespace(fs=list(tfms))))
+    assert of() == of(3) == of('ab') == {}
+    classes = CategoryMap(['b','a'])
+    assert of(classes) == of((['the','of'], classes)) == dict(classes=['a','b'])
+    odd = SimpleNamespace(size=lambda: 3)
+    assert of(None, Resize(64), odd) == dict(size=(64,64)) and of(None, Resize(64), RandomResizedCrop(32)) == dict(size=(32,32))
+
 def test_the_fit_warns_at_its_first_batch(trained):
     bad = KnowledgeDistillationCallback(Permuted(trained.model), SoftTarget)
     with warnings.catch_warnings(record=True) as found:
