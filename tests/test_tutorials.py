@@ -52,6 +52,11 @@ def test_pets(home, monkeypatch):
     names = run('pets', {'n_epoch,teacher_epochs = 10,40':'n_epoch,teacher_epochs = 1,1', 'fit_one_cycle(10,':'fit_one_cycle(1,'}, ['vision_learner(dls, resnet34, metrics'])
     check(names, 5, 'accuracy')
 
+def test_mnist(home):
+    for split,n in ('training',14),('testing',3):
+        for i in range(10*n): save(home/'mnist_png'/split/f'{i%10}'/f'{i}.png', 28, 'L')
+    check(run('mnist', {'cnn(a, b), loss':'cnn(a//8, b//8), loss'}), 7, 'accuracy')
+
 def test_beans(home, monkeypatch):
     class Split(list): features = dict(labels=SimpleNamespace(names=['angular_leaf_spot','bean_rust','healthy']))
     def load_dataset(name): return {s:Split(dict(labels=i%3, image=Image.new('RGB', (60,60), (i,2*i,3*i))) for i in range(n)) for s,n in (('train',33),('validation',6),('test',6))}
@@ -66,7 +71,7 @@ def test_beans(home, monkeypatch):
     assert list((names['distilled'].path/'logs').iterdir())
     names['distilled'].fit(1, cbs=names['KnowledgeDistillationCallback'](names['Teacher'](vit, input_tfm=lambda x: torch.nn.functional.interpolate(x, size=224))))
 
-@pytest.mark.parametrize('name', ['pets','beans'])
+@pytest.mark.parametrize('name', ['pets','mnist','beans'])
 def test_the_command_that_runs_a_page_finds_its_students(name, monkeypatch):
     monkeypatch.syspath_prepend(pages.parents[1]/'benchmarks')
     from tutorial import cells_of
