@@ -164,7 +164,7 @@ def _add_gains(rows, found, baseline, names):
             rows[k][f'gain in {name}'] = gain.mean()
             if len(gain) > 1: rows[k][f'gain in {name} ±'] = gain.std()
 
-# %% ../nbs/06_report.ipynb #ffbf25ba
+# %% ../nbs/06_report.ipynb #a7d67bb4
 class DistillationInterpretation(ClassificationInterpretation):
     "fastai's interpretation of the student, and beside it the teacher, and a student from scratch if there is one"
     @classmethod
@@ -250,13 +250,10 @@ class DistillationInterpretation(ClassificationInterpretation):
     ): # Matplotlib axes
         "Accuracy of each model class by class"
         table = self.per_class()
-        ax,width = ax or plt.subplots(figsize=(7,3), layout='constrained')[1],0.8/len(self.logits)
-        for i,(who,color) in enumerate(zip([k for k in ('teacher','scratch','student') if k in table], ['#888888','#4c72b0','#dd8452'])):
-            ax.bar(np.arange(len(table)) + i*width, table[who], width, label=who, color=color)
-        ax.set(xticks=np.arange(len(table)) + 0.4 - width/2, ylim=(max(0, table[list(self.logits)].min().min()-0.1), 1), ylabel='accuracy')
-        ax.set_xticklabels(table.index)
+        ax = ax or plt.subplots(figsize=(7,3), layout='constrained')[1]
+        _bars(table, ax)
+        ax.set(ylim=(max(0, table[list(self.logits)].min().min()-0.1), 1), ylabel='accuracy')
         ax.legend(frameon=False, ncols=3, loc='lower right', bbox_to_anchor=(1,1))
-        ax.spines[['top','right']].set_visible(False)
         return ax
 
     def plot_disagreements(self,
@@ -276,19 +273,15 @@ class DistillationInterpretation(ClassificationInterpretation):
         fig,axs = plt.subplots(len(idxs), 2, figsize=(7,1.6*len(idxs)), width_ratios=(1,3), layout='constrained', squeeze=False)
         for (image,bars),i,o in zip(axs, idxs, decoded):
             _show(o[0], image, f'item {i}: {self.name(self.targ[i])}')
-            self._bars(bars, {k:v[i] for k,v in p.items()})
+            _bars(self._most_probable({k:v[i] for k,v in p.items()}), bars)
+            bars.set_ylim(0, 1)
         axs[0,1].legend(frameon=False, fontsize=8)
         return fig
 
-    def _bars(self, ax, probs, most=10):
-        "The most probable classes, by any of the models"
+    def _most_probable(self, probs, most=10):
+        "Table of the classes that any of the models takes to be the most probable"
         top = torch.stack(list(probs.values())).max(0).values.argsort(descending=True)[:most].sort().values
-        width = 0.8/len(probs)
-        for j,(who,color) in enumerate(zip([k for k in ('teacher','scratch','student') if k in probs], ['#888888','#4c72b0','#dd8452'])):
-            ax.bar(np.arange(len(top)) + j*width, probs[who][top], width, label=who, color=color)
-        ax.set(xticks=np.arange(len(top)) + 0.4 - width/2, ylim=(0,1))
-        ax.set_xticklabels([self.name(i) for i in top], rotation=45 if max(len(self.name(i)) for i in top) > 3 else 0)
-        ax.spines[['top','right']].set_visible(False)
+        return pd.DataFrame({k:v[top] for k,v in probs.items()}, index=[self.name(i) for i in top])
 
     def plot_attention(self,
         idxs:list, # Numbers of items
@@ -322,6 +315,14 @@ class DistillationInterpretation(ClassificationInterpretation):
                 if len(rows) == len(set(idxs)): break
         if missing := [i for i in idxs if i not in rows]: raise ValueError(f'Expected numbers of items from 0 to {start-1}, but got {missing}')
         return [torch.stack(xs) for xs in zip(*(rows[i][0] for i in idxs))],[rows[i][1] for i in idxs]
+
+_colors = dict(teacher='#888888', scratch='#4c72b0', student='#dd8452')
+
+def _bars(table, ax):
+    "A group of bars for each class, a bar for each model"
+    colors = {k:c for k,c in _colors.items() if k in table}
+    table[list(colors)].plot.bar(ax=ax, width=0.8, color=colors, xlabel='', legend=False, rot=45 if max(map(len, table.index)) > 3 else 0)
+    ax.spines[['top','right']].set_visible(False)
 
 def _answers(learn, dl):
     "Logits and labels of the items of `dl`, by this process alone"
