@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['get_logits', 'describe_data', 'Teacher', 'Ensemble', 'as_teacher']
 
-# %% ../nbs/02_teacher.ipynb #fa1ce719
+# %% ../nbs/02_teacher.ipynb #f1c931b1
 import math, time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -14,7 +14,7 @@ import torch
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.torch_core import one_param, rank_distrib
-from fastcore.basics import listify
+from fastcore.basics import is_coll, listify
 from fastcore.xtras import is_listy, modify_exception
 from torch import nn, Tensor
 
@@ -37,7 +37,7 @@ def _describe(out):
     if isinstance(out, Tensor): return f'{tuple(out.shape)} {out.dtype}'.replace('torch.', '')
     return f'{type(out).__name__} of {len(out)} items' if isinstance(out, (tuple,list)) else type(out).__name__
 
-# %% ../nbs/02_teacher.ipynb #b2382625
+# %% ../nbs/02_teacher.ipynb #09ad26ac
 def describe_data(
     dls, # `DataLoaders`
 ) -> dict: # 'classes', 'mean', 'std' and 'size' (of an image, in pixels), those that are known
@@ -50,7 +50,7 @@ def describe_data(
     if normalize is not None: facts.update({k:getattr(normalize, k).flatten().tolist() for k in ('mean','std')})
     return {k:v for k,v in facts.items() if v is not None}
 
-def _is_collection(o): return hasattr(o, '__iter__') and not isinstance(o, (str,Tensor))
+def _is_collection(o): return is_coll(o) and not isinstance(o, (str,Tensor))
 
 # %% ../nbs/02_teacher.ipynb #d6d2aab8
 class Teacher:

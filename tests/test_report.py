@@ -137,7 +137,9 @@ def test_pictures_show_what_they_say(learners):
     x = learners['teacher'].dls.valid.one_batch()[0]
     with torch.no_grad(): features = learners['teacher'].model[0](x[[0,2]])
     assert np.allclose(fig.axes[1].images[0].get_array(), (features[0]**2).mean(0), atol=1e-5) and fig.axes[2].get_title() == 'student 0'
-    assert len(interp.plot_per_class().containers) == 2 and interp.plot_agreement().get_xlabel() == 'student says'
+    bars = {c.get_label():[b.get_height() for b in c] for c in interp.plot_per_class().containers}
+    assert bars == {k:interp.per_class()[k].tolist() for k in ('teacher','student')}
+    assert interp.plot_agreement().get_xlabel() == 'student says'
     with pytest.raises(ValueError, match='from 0 to 15'): interp.plot_dark_knowledge([16])
     with pytest.raises(ValueError, match='as many student layers'): interp.plot_attention([0], ['0','1'], ['0'])
     with pytest.raises(ValueError, match='Expected images'): interp.plot_attention([0], ['4'], ['4'])

@@ -1,9 +1,9 @@
 "The code of the three experiments' pages, on a handful of made images in the layout of their data."
-import sys
+import re, sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 import matplotlib.pyplot as plt
-import nbformat, numpy as np, pytest, torch
+import nbformat, numpy as np, pandas as pd, pytest, torch
 from fastai.data.external import fastai_cfg
 from PIL import Image
 
@@ -79,3 +79,16 @@ def test_the_command_that_runs_a_page_finds_its_students(name, monkeypatch):
     assert students[0] == 'seed = 0' and sum('set_seed(seed)' in s for s in students) >= 2 and students[-1].startswith('results = ')
     assert any('teacher.fit' in s for s in before) and after[0].startswith('runs = ')
     assert not any('set_seed(seed)' in s for s in before+after)
+
+@pytest.mark.parametrize('name,row,teacher,students', [
+    ('pets', 'tutorials/pets.html', 'teacher', ['from scratch','SoftTarget','Attention, weight 1000']),
+    ('mnist', 'tutorials/mnist.html', 'teacher', ['scratch','distilled']),
+    ('mnist', '| the same networks', 'better teacher', ['scratch, one cycle','distilled, better teacher, one cycle']),
+    ('beans', 'tutorials/beans.html', 'teacher', ['from scratch','SoftTarget, T=5']),
+])
+def test_the_front_page_shows_the_stored_results(name, row, teacher, students):
+    root = pages.parents[1]
+    accuracies = pd.read_csv(root/f'benchmarks/{name}.csv').groupby('method').accuracy
+    mean,std = accuracies.mean(),accuracies.std()
+    line = next(l for l in (root/'README.md').read_text().splitlines() if row in l)
+    assert re.findall(r'\d\.\d{3}(?: ± \d\.\d{3})?', line) == [f'{mean[teacher]:.3f}', *(f'{mean[s]:.3f} ± {std[s]:.3f}' for s in students)]
