@@ -531,4 +531,6 @@ d = { 'settings': { 'branch': 'main',
                                      'fastdistill.teacher._is_collection': ('teacher.html#_is_collection', 'fastdistill/teacher.py'),
                                      'fastdistill.teacher.as_teacher': ('teacher.html#as_teacher', 'fastdistill/teacher.py'),
                                      'fastdistill.teacher.describe_data': ('teacher.html#describe_data', 'fastdistill/teacher.py'),
-                                     'fastdistill.teacher.get_logits': ('teacher.html#get_logits', 'fastdistill/teacher.py')}}}
+                                     'fastdistill.teacher.get_logits': ('teacher.html#get_logits', 'fastdistill/teacher.py'),
+                                     'fastdistill.teacher.ignored_label': ('teacher.html#ignored_label', 'fastdistill/teacher.py'),
+                                     'fastdistill.teacher.one_class_each': ('teacher.html#one_class_each', 'fastdistill/teacher.py')}}}

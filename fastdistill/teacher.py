@@ -37,6 +37,24 @@ def _describe(out):
     if isinstance(out, Tensor): return f'{tuple(out.shape)} {out.dtype}'.replace('torch.', '')
     return f'{type(out).__name__} of {len(out)} items' if isinstance(out, (tuple,list)) else type(out).__name__
 
+# %% ../nbs/02_teacher.ipynb #97378cda
+def ignored_label(
+    loss_func, # The task's loss, of fastai or PyTorch
+) -> int: # -100 unless the loss says otherwise
+    "The label that `loss_func` leaves out, its `ignore_index`"
+    return getattr(getattr(loss_func, 'func', loss_func), 'ignore_index', -100)
+
+def one_class_each(
+    logits:Tensor, # (B, C)
+    y, # Labels of the batch
+    ignore:int=-100, # The label that is left out
+) -> tuple: # Logits (n, C) and classes (n,) of the items that count, or `None` where items do not have one class each
+    "The items that have one class each, without those whose label is ignored"
+    if not isinstance(y, Tensor) or logits.ndim != 2 or y.numel() != len(logits) or y.is_floating_point() or y.dtype == torch.bool: return None
+    y = y.as_subclass(Tensor).flatten()
+    counts = (y != ignore).to(logits.device)
+    return logits[counts],y.to(logits.device)[counts]
+
 # %% ../nbs/02_teacher.ipynb #09ad26ac
 def describe_data(
     dls, # `DataLoaders`
