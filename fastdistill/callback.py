@@ -6,26 +6,25 @@
 __all__ = ['Match', 'no_better_than_chance', 'KnowledgeDistillationCallback', 'ShowDistillationGraph']
 
 # %% ../nbs/03_callback.ipynb #be33f6c7
-import inspect, math, warnings, weakref
+import gc, inspect, math, warnings, weakref
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from itertools import chain
 from numbers import Real
 from pathlib import Path
-from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.rnn import ModelResetter
 from fastai.callback.training import GradientAccumulation
-from fastai.learner import AvgSmoothLoss, ValueMetric
-from fastai.torch_core import one_param, rank_distrib
-from fastcore.basics import listify
+from fastai.learner import ValueMetric
+from fastai.torch_core import maybe_gather, num_distrib, one_param, rank_distrib
+from fastcore.basics import listify, noop
 from fastcore.xtras import modify_exception
 from torch import distributed, nn, Tensor
 from torch.nn.modules.loss import _Loss
@@ -33,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from .layers import FeatureHooks, StopForward, get_layer, is_compiled, stop_after, unwrap_model
 from .losses import Projected, SoftTarget, full_precision
-from .teacher import Ensemble, Teacher, as_teacher, describe_data, get_logits
+from .teacher import Ensemble, Teacher, as_teacher, describe_data, get_logits, ignored_label, one_class_each
 
 # %% ../nbs/03_callback.ipynb #19093dc7
 def _check_weight(
@@ -203,8 +202,6 @@ class _TrainedLosses:
                        for p,st in zip(self.params, saved['states'] or [])] or None
 
 # %% ../nbs/03_callback.ipynb #2fb1eae3
-def _are_classes(y): return isinstance(y, Tensor) and y.ndim == 1 and not y.is_floating_point() and y.dtype != torch.bool
-
 def alike(a, b):
     "Whether two facts of `describe_data` agree; means and deviations may come from a batch each"
     return len(a) == len(b) and all(abs(x-y) < 0.05 if isinstance(x, float) else x == y for x,y in zip(a, b))
@@ -225,13 +222,61 @@ def no_better_than_chance(
     chance,half = 1/c,(1 + 1/c)/2
     return k <= at_most(chance, 1) <= at_most(half, -3)
 
+# %% ../nbs/03_callback.ipynb #dab2b353
+class _Guard:
+    "Close a fit whose epoch ends with an exception that fastai does not handle"
+    def __init__(self, learn, close):
+        self.learn,self.close,self.found = learn,close,learn.__dict__.get('_with_events')
+        learn._with_events = self
+
+    def __call__(self, f, event_type, ex, final=noop):
+        with_events = self.found or partial(type(self.learn)._with_events, self.learn)
+        try: with_events(f, event_type, ex, final)
+        except CancelFitException: raise   # ends the fit, which fastai handles
+        except BaseException:
+            if event_type == 'epoch': self.close()
+            raise
+
+    def remove(self):
+        if self.learn.__dict__.get('_with_events') is not self: return
+        if self.found: self.learn._with_events = self.found
+        else: del self.learn._with_events
+
+    def __reduce__(self): return partial,(type(self.learn)._with_events,self.learn)   # of a learner that is exported in the middle of a fit
+
+# %% ../nbs/03_callback.ipynb #9578709b
+class _Average:
+    "Average of numbers, the latest count most"
+    def __init__(self, beta): self.beta,self.n,self.total = beta,0,0.
+
+    def add(self, x): self.n,self.total = self.n+1,x + (self.total-x)*self.beta
+
+    @property
+    def value(self): return self.total/(1-self.beta**self.n) if self.n else math.nan
+
+class _Column(ValueMetric):
+    "A column of the table; a learner that is exported in the middle of a fit has it without values"
+    def __reduce__(self): return ValueMetric,(noop,self.metric_name)
+
+# %% ../nbs/03_callback.ipynb #da2ec578
+class _Inputs:
+    "A forward pre-hook that knows the inputs as they came"
+    def __init__(self): self.seen = []
+
+    def __call__(self, model, xb): self.seen = [(x,x._version) for x in xb if isinstance(x, Tensor) and not x.is_inference()]
+
+    def written_over(self):
+        "Whether an in-place operation has changed any of them since"
+        seen,self.seen = self.seen,[]
+        return any(x._version != v for x,v in seen)
+
 # %% ../nbs/03_callback.ipynb #8d508604
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
-    _stateattrs = ('_teacher','_hooks','_answer','_parts','_smooth','_first_buffers','_student','_trained','_saved','_kept')   # not pickled: what leaves is the student
-    _learn = _teacher = _answer = _parts = _smooth = _student = _trained = _saved = _kept = None
-    _hooks = _columns = _first_buffers = ()
+    _stateattrs = ('_teacher','_learn','_holders','_handles','_hooks','_inputs','_answer','_parts','_compared','_sent','_average','_first_buffers','_student','_trained','_saved','_kept','_guard')   # not copied
+    _learn = _teacher = _inputs = _answer = _parts = _compared = _sent = _average = _student = _trained = _saved = _kept = _guard = None
+    _holders = _handles = _hooks = _columns = _first_buffers = ()
     def __init__(self,
         teacher, # Trained model: an `nn.Module`, a `Learner` or a `Teacher`, or a list of them, an ensemble, left as it was found; or a `TeacherRecording`
         loss=SoftTarget, # A loss (class, `partial`, instance or function), a `Match`, or a list of these, which are summed
@@ -264,7 +309,14 @@ class KnowledgeDistillationCallback(Callback):
                 'The features of several networks have no mean, as the channels of each are its own; their predictions have.')
             if m.teacher_layers and not teacher.live: raise ValueError(f'{m} compares features: expected a network as the teacher, but {teacher} holds predictions only')
             for n in m.teacher_layers: get_layer(teacher.model, n, 'teacher')
+        before,running = self._teacher,bool(self._handles)
+        if running and not (before.live and teacher.live): raise ValueError(f'Expected a recording to be set between two fits, but got {teacher} in the middle of one')
+        if before is not None:
+            self.after_train()
+            self._leave()
+            before.stop()
         self._teacher,self._trained = teacher,None
+        if running: self.before_train()
 
     @property
     def learn(self): return self._learn
@@ -273,10 +325,46 @@ class KnowledgeDistillationCallback(Callback):
         if v is None:
             self._undo()   # fastai removes the callbacks of a fit however it ended
             if self._learn is not None and sum(cb is self for cb in self._learn.cbs) > 1: return   # still attached
+            v = next((l for l in self._attached() if l is not self._learn), None)   # the learner that had lent it
+        elif v is not self._learn: self._undo()
+        if v is not None: self.__dict__['_holders'] = [*(r for r in self._holders if r() not in (None,v)),weakref.ref(v)]
         self.__dict__['_learn'] = v
 
+    def _attached(self):
+        "The learners that hold this callback, the latest first"
+        return [l for r in self._holders[::-1] if (l := r()) is not None and any(cb is self for cb in l.cbs)]
+
+    def _choose_learner(self):
+        "Of several learners that hold this callback, the one whose fit starts: fastai has just reset its counters"
+        attached = self._attached()
+        if len(attached) > 1:
+            gc.collect()   # a cell that was run again leaves a learner that nobody can reach
+            attached = self._attached()
+        if len(attached) > 1:
+            def starts(l): return l.__dict__.get('train_iter') == 0 and isinstance(loss := l.__dict__.get('loss'), Tensor) and not loss.any()
+            attached = [l for l in attached if starts(l)] or attached
+        if len(attached) > 1: raise ValueError(f'Expected the callback to be on one learner, but {len(attached)} hold it. '
+                                               'Make a callback for each, or remove it from the others with `remove_cb`.')
+        if attached and attached[0] is not self._learn:
+            self._undo()
+            self.__dict__['_learn'] = attached[0]
+
     def __call__(self, event_name):
-        if self._learn is not None: return super().__call__(event_name)   # None if a callback before has removed this one
+        if event_name == 'before_fit': self._choose_learner()
+        if self._learn is None: return   # a callback before has removed this one
+        if event_name == 'after_fit' or hasattr(type(self), event_name) or event_name in self.__dict__: return super().__call__(event_name)
+
+    def __reduce_ex__(self, protocol):
+        "In the pickle of its learner an empty callback of fastai, which can be loaded without this package"
+        return super().__reduce_ex__(protocol) if self._learn is None else (Callback,())
+
+    def __deepcopy__(self, memo):
+        "A copy with the same teacher, as nothing changes that, and with what the losses have trained"
+        res = memo[id(self)] = object.__new__(type(self))
+        res.__dict__.update({k:deepcopy(v, memo) for k,v in self.__dict__.items() if k not in self._stateattrs})
+        res.__dict__.update(_teacher=self._teacher, _saved=deepcopy(self._trained.state_dict() if self._trained else self._saved))
+        if (learn := memo.get(id(self._learn))) is not None: res.__dict__.update(_learn=learn, _holders=[weakref.ref(learn)])
+        return res
 
     @property
     def weights(self) -> tuple: # (weight, task_weight)
@@ -293,23 +381,24 @@ class KnowledgeDistillationCallback(Callback):
                              'a list of models. `learn.remove_cb(KnowledgeDistillationCallback)` removes one that was attached before.')
         if hasattr(self.learn, 'lr_finder'): self._kept,self._trained = (self._trained,self._saved),deepcopy(self._trained)
         beta = self.recorder.smooth_loss.beta if hasattr(self.learn, 'recorder') else 0.98
-        self._smooth = {k:AvgSmoothLoss(beta) for k in ('task_loss','kd_loss',*self._term_names())}
-        for m in self._smooth.values(): m.reset()
-        self._columns = [ValueMetric(partial(self._column, k), k) for k in ('task_loss','kd_loss')]
-        self.losses = {k:[] for k in self._smooth}
+        self._average = {k:_Average(beta) for k in ('task_loss','kd_loss',*self._term_names())}
+        self._columns = [_Column(partial(self._column, k), k) for k in ('task_loss','kd_loss')]
+        self._guard = _Guard(self.learn, self._undo)
+        self.losses = {k:[] for k in self._average}
         self.learn.metrics = self.learn.metrics + self._columns
 
     def before_train(self):
         "Start the teacher and hook the layers of both models"
         self.after_train()   # an epoch that was cancelled has left its hooks
         with self._undo_on_error():
-            if self._teacher is None: raise ValueError('The teacher was not saved with the learner. Set it with `learn.knowledge_distillation.teacher = ...`, '
-                                                       'or train without with `learn.remove_cb(KnowledgeDistillationCallback)`.')
+            if self._teacher is None: raise ValueError('Expected a teacher, but this callback was loaded without one: a pickle holds none. Set it with `teacher = ...`.')
             student,teacher = unwrap_model(self.model),self._teacher.model
             if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
                 raise ValueError(f'Expected a teacher of its own, but {self._teacher} is the student or has weights in common with it. '
                                  'A `deepcopy` of the student would do.')
             if self._student is None or self._student() is not student: self._student,self._trained = weakref.ref(student),None
+            self._inputs = _Inputs()
+            self._handles = [self.learn.model.register_forward_pre_hook(self._inputs)]
             for m in self.matches:
                 self._hooks += FeatureHooks(self.learn.model, m.student_layers, 'student', with_graph=True),FeatureHooks(teacher, m.teacher_layers, 'teacher')
             self._teacher.start(one_param(student).device, reset=any(isinstance(cb, ModelResetter) for cb in self.learn.cbs))
@@ -317,13 +406,13 @@ class KnowledgeDistillationCallback(Callback):
             self.learn.dl = self._teacher.batches(self.learn)
             self._first_buffers = [(b,b.clone()) for b in student.buffers()]
 
-    def before_batch(self):
-        "See whether the teacher knows this batch, if its answers are recorded"
-        with self._undo_on_error('batch'): self._teacher.check(*self.xb)
-
     def after_pred(self):
         "Let the teacher answer what the student was asked"
         with self._undo_on_error('batch'):
+            if self._inputs.written_over():
+                raise ValueError(f'Expected {type(unwrap_model(self.model)).__name__} to leave its inputs as they are, but its forward pass writes over them, '
+                                 'so the teacher would see other inputs. Replace the in-place operation, for example `x.sub_(mean)` by `x = x - mean`.')
+            self._teacher.check(*self.xb)
             hooks = self._hooks[1::2]
             if self._teacher.choose(*self.xb):
                 for h in hooks: h.clear()
@@ -333,27 +422,59 @@ class KnowledgeDistillationCallback(Callback):
 
     def after_loss(self):
         "Make the loss the whole objective"
+        learn = self.learn
         with self._undo_on_error('batch'):
-            if not len(self.yb): raise ValueError('Expected labels: fastai takes no step on batches without. '
-                                                  'Give any, zeros for example, and `task_weight=0` to learn from the teacher alone.')
-            if self.iter == 0: self._check_labels()
+            if not len(learn.yb): raise ValueError('Expected labels: fastai takes no step on batches without. '
+                                                   'Give any, zeros for example, and `task_weight=0` to learn from the teacher alone.')
+            if learn.iter == 0: self._check_labels()
             terms = self.terms()
-        if self.train_iter == 0 and not hasattr(self.learn, 'lr_finder') and not rank_distrib():
+            task_loss,kd_loss,(w,tw) = learn.loss_grad,sum(terms),self.weights
+            self._parts = {k:l.detach() for k,l in zip(self._average, (task_loss,kd_loss,*terms))}
+            self._sent = self._send([task_loss, kd_loss, *terms, *self._sums_of_teacher()])
+            if learn.train_iter == 0: self._first_batch()
+        learn.loss_grad = tw*task_loss + w*kd_loss
+        learn.loss = learn.loss_grad.clone()
+        self._clear_hooks()   # what backward needs is in the graph
+
+    def _first_batch(self):
+        "Warn of what looks wrong, unless this is a trial"
+        self._receive()
+        if not hasattr(self.learn, 'lr_finder') and not rank_distrib():
             for c in self.concerns(): warnings.warn(c)
-        task_loss,kd_loss,(w,tw) = self.loss_grad,sum(terms),self.weights
-        self._parts = {k:l.detach() for k,l in zip(self._smooth, (task_loss,kd_loss,*terms))}
-        self.learn.loss_grad = tw*task_loss + w*kd_loss
-        self.learn.loss = self.learn.loss_grad.clone()
-        self._forget()   # what backward needs is in the graph
 
     def terms(self) -> list: # Scalars
         "The terms of the distillation loss of this batch, each with its weight among the others"
-        features = self.features()
+        self._compared = features = self.features()
         trained,targ = self._trained or self._build(features),self._targ()
         terms = [m(*f, *targ, losses=l) for m,f,l in zip(self.matches, features, trained.losses)]
-        if not sum(terms).isfinite(): self._check_finite(terms, features)
         self._trained = trained
         return terms
+
+    def _sums_of_teacher(self):
+        "A number for each thing that the teacher said, not finite where any of it is not: argmax and comparisons would hide that from the loss"
+        said = {id(t):t for _,ts in self._compared for t in ts}
+        return [t.detach().sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in said.values()]
+
+    def _send(self, numbers):
+        "Start their way from the device, all at once, their mean over processes; nothing waits for it"
+        dtype = torch.promote_types(numbers[0].dtype, torch.float32)
+        sent = torch.stack([n.detach().to(dtype) for n in numbers])
+        if num_distrib() > 1: sent = maybe_gather(sent[None]).mean(0)
+        if not sent.is_cuda: return sent,None
+        sent,arrived = sent.to('cpu', non_blocking=True),torch.cuda.Event()
+        arrived.record()
+        return sent,arrived
+
+    def _receive(self):
+        "Record the parts of the loss; raises where the distillation loss, or what the teacher said, is not finite"
+        if self._sent is None: return
+        (sent,arrived),self._sent = self._sent,None
+        if arrived is not None: arrived.synchronize()
+        numbers = sent.tolist()
+        if not math.isfinite(sum(numbers[1:])): self._check_finite(numbers[2:2+len(self.matches)])
+        for k,v in zip(self._average, numbers):
+            self._average[k].add(v)
+            self.losses[k].append(self._average[k].value)
 
     def features(self) -> list: # A pair of lists of tensors for each of `matches`
         "What student and teacher computed for each term in this batch: features, or logits alone"
@@ -418,13 +539,21 @@ class KnowledgeDistillationCallback(Callback):
                 raise ValueError(f'{m} takes the classes to be along axis {axis} of the predictions {tuple(pred.shape)}, which does not go with labels of '
                                  f'shape {tuple(y.shape)}. The axis is an argument: `{type(m.loss).__name__}(axis=-1)`.')
 
-    def _check_finite(self, terms, features):
-        "Raise for a loss that is not finite, unless the student's predictions are not either: then all goes as it would without a teacher"
-        if not get_logits(self.pred).isfinite().all(): return
-        found = list(zip(self.matches, terms, features))
-        m,l,(s,t) = next((o for o in found if not o[1].isfinite()), found[0])
-        whose = [who for who,o in (('the teacher\'s answer',t),('the student\'s features',s)) if not all(x.isfinite().all() for x in o)]
-        raise ValueError(f'{m} is {l.item()}' + (f', as {" and ".join(whose)} is not finite' if whose else ', though what it compares is finite'))
+    def _check_finite(self, terms):
+        "Raise for a loss or an answer that is not finite, unless the student's predictions are not either: then all goes as it would without a teacher"
+        student = get_logits(self.pred).isfinite().all().float()
+        if num_distrib() > 1: student = maybe_gather(student)
+        if student < 1: return
+        def finite(ts): return all(t.isfinite().all() for t in ts)
+        found = [(m, l, {'the teacher\'s answer':finite(t), 'the student\'s features':finite(s)}) for m,l,(s,t) in zip(self.matches, terms, self._compared)]
+        bad = [o for o in found if not math.isfinite(o[1])] or [o for o in found if not all(o[2].values())]
+        if not bad and num_distrib() < 2: return   # a sum of large numbers
+        self.learn.opt.zero_grad()
+        if not bad: raise ValueError('The distillation loss, or what the teacher said, is not finite in another process')
+        m,l,parts = bad[0]
+        whose = ' and '.join(k for k,ok in parts.items() if not ok)
+        if math.isfinite(l): raise ValueError(f'{m} is {l:.4g}, but {whose} is not finite')
+        raise ValueError(f'{m} is {l}' + (f', as {whose} is not finite' if whose else ', though what it compares is finite'))
 
     def concerns(self) -> list: # Texts
         "What looks wrong in this batch, in plain words with the cure; a fit warns of it at its first batch"
@@ -438,9 +567,14 @@ class KnowledgeDistillationCallback(Callback):
         return [f'The teacher was trained with {k} {_brief(teacher[k])}, but the student\'s batches have {_brief(student[k])}: '
                 + cures.get(k, '`Teacher(model, input_tfm=...)` can normalise them again') for k in both]
 
+    def _classes(self, logits):
+        "Rows of logits and their classes, where items have one class each and nothing blends them"
+        if any(isinstance(cb, MixHandler) for cb in self.learn.cbs): return None
+        return one_class_each(logits, self.yb[0], ignored_label(self.loss_func))
+
     def _guessing(self):
-        y,answer = self.yb[0],self._answer
-        if answer is None or answer.ndim != 2 or not _are_classes(y) or len(y) != len(answer) or any(isinstance(cb, MixHandler) for cb in self.learn.cbs): return []
+        if self._answer is None or (found := self._classes(self._answer)) is None: return []
+        answer,y = found
         k,n = (answer.argmax(1) == y).sum().item(),len(y)
         if not no_better_than_chance(k, n, answer.shape[1]): return []
         return [f'The teacher names the class of {k} items of {n}, no more than guessing would: are its classes in another order, or does it expect other inputs, which '
@@ -454,8 +588,9 @@ class KnowledgeDistillationCallback(Callback):
                 and self._answer.shape[m.loss.axis] > 1 and (h := entropy(m)) > 0.9995]
 
     def _no_labels(self):
-        y = self.yb[0]
-        if not _are_classes(y) or len(y) < 16 or (y != y[0]).any(): return []
+        if (found := one_class_each(get_logits(self.pred), self.yb[0], ignored_label(self.loss_func))) is None: return []
+        y = found[1]
+        if len(y) < 16 or (y != y[0]).any(): return []
         return [f'{m} looks at the labels, and all {len(y)} of this batch are {y[0].item()}: one for images without labels would do' for m in self.matches if getattr(m.loss, 'needs_targ', False)]
 
     def plot_losses(self,
@@ -483,13 +618,18 @@ class KnowledgeDistillationCallback(Callback):
         return ax
 
     def before_step(self):
-        "Let what the losses train take the step with the student"
+        "Look at the parts of the loss, then let what the losses train take the step with the student"
+        with self._undo_on_error('batch'): self._receive()
+        self._forget()
+        self._join()
+
+    def _join(self):
         if isinstance(self.learn.model, DistributedDataParallel): self._trained.average_gradients(self.learn.model.process_group)
         self._trained.join(self.learn)
 
     def after_cancel_step(self):
         "A step that is skipped has its gradients dropped all the same"
-        self.before_step()
+        self._join()
 
     def after_cancel_batch(self):
         "Where the student's gradients were dropped, drop those of what the losses train"
@@ -497,26 +637,27 @@ class KnowledgeDistillationCallback(Callback):
             for p in self._trained.params: p.grad = None
 
     def after_batch(self):
-        "Record the parts of the loss and drop what belongs to this batch"
-        for k,v in (self._parts or {}).items():
-            self._smooth[k].accumulate(SimpleNamespace(loss=v))
-            self.losses[k].append(self._smooth[k].value.item())
+        "Drop what belongs to this batch; one that takes no step of the optimizer has its parts recorded here"
+        with self._undo_on_error('batch'): self._receive()
         self._parts,self._first_buffers = None,()
         self._leave()
         self._forget()
 
     def after_train(self):
         "Remove the hooks: validation is the task's own"
-        for h in self._hooks: h.remove()
-        self._hooks = ()
+        for h in (*self._handles,*self._hooks): h.remove()
+        self._handles = self._hooks = ()
 
     def after_fit(self):
         "Leave everything as it was found"
         self._undo()
 
     def _forget(self):
+        self._clear_hooks()
+        self._answer = self._compared = None
+
+    def _clear_hooks(self):
         for h in self._hooks: h.clear()
-        self._answer = None
 
     def _leave(self):
         if self._trained is not None: self._trained.leave()
@@ -527,7 +668,9 @@ class KnowledgeDistillationCallback(Callback):
         if self._kept: (self._trained,self._saved),self._kept = self._kept,None   # lr_find trains a copy
         if self._teacher is not None: self._teacher.stop()
         if self._columns: self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self._columns)
-        self._answer,self._parts,self._columns,self._first_buffers = None,None,(),()
+        if self._guard is not None: self._guard.remove()
+        self._answer = self._compared = self._parts = self._sent = self._guard = None
+        self._columns = self._first_buffers = ()
 
     @contextmanager
     def _undo_on_error(self, at=''):
@@ -543,7 +686,7 @@ class KnowledgeDistillationCallback(Callback):
     def _column(self, name):
         "Smoothed just as `train_loss` is; with `Recorder(train_metrics=True)`, empty where validation has its columns"
         if self.recorder.train_metrics and not self.training: return None
-        return self._smooth[name].value
+        return self._average[name].value
 
 # %% ../nbs/03_callback.ipynb #5d9612ef
 class ShowDistillationGraph(ShowGraphCallback):

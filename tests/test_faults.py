@@ -181,7 +181,7 @@ def test_ctrl_c_leaves_no_tensors(teacher, on):
         else: assert False
         hooks = []
         learn.fit(1, cbs=[*mine, Callback(before_batch=lambda self: hooks.append(n_hooks(self.model, teacher)) if self.training else None)])
-        assert set(hooks) == {6} and list(learn.recorder.metric_names).count('kd_loss') == 1
+        assert set(hooks) == {7} and list(learn.recorder.metric_names).count('kd_loss') == 1
         assert tensors() == before
 
 # --- many fits ---

@@ -179,9 +179,9 @@ def test_what_leaves_holds_no_projector(teacher, tmp_path):
         sizes[name] = (tmp_path/f'{name}.pkl').stat().st_size
         sizes[name,'opt'] = len(torch.load(tmp_path/'models'/f'{name}.pth', weights_only=False)['opt']['state'])
     assert sizes['kd'] - sizes['alone'] < 3000 and sizes['kd','opt'] == sizes['alone','opt']
-    loaded = load_learner(tmp_path/'kd.pkl')
-    assert loaded.knowledge_distillation._trained is None
-    assert pickle.loads(pickle.dumps(learn.knowledge_distillation))._trained is None
+    assert b'fastdistill' not in (tmp_path/'kd.pkl').read_bytes()
+    kd = pickle.loads(pickle.dumps(deepcopy(learn.knowledge_distillation)))
+    assert kd._trained is None and kd._saved is None
 
 def test_lr_find_leaves_the_projectors(teacher):
     kd = fitnet(teacher)
@@ -212,8 +212,6 @@ def test_interrupted(teacher, ex, event):
     learn = learner(cbs=fitnet(teacher))
     n = len(list(learn.model.parameters()))
     with pytest.raises(type(ex) if isinstance(ex, Exception) else ex): learn.fit(1, cbs=Callback(**{event: raise_}))
-    assert len(params(learn)) == len(list(learn.parameters())) == (n if event == 'after_backward' else n+6)     # in the optimizer for the step alone
-    learn.validate()
     assert len(params(learn)) == len(list(learn.parameters())) == n and n_hooks(learn.model, teacher) == 0
     learn.fit(1)
     assert len(params(learn)) == n
