@@ -428,11 +428,12 @@ class KnowledgeDistillationCallback(Callback):
                                                    'Give any, zeros for example, and `task_weight=0` to learn from the teacher alone.')
             if learn.iter == 0: self._check_labels()
             terms = self.terms()
-            task_loss,kd_loss,(w,tw) = learn.loss_grad,sum(terms),self.weights
+            task_loss,kd_loss,(w,tw) = learn.loss_grad.as_subclass(Tensor),sum(terms),self.weights
             self._parts = {k:l.detach() for k,l in zip(self._average, (task_loss,kd_loss,*terms))}
             self._sent = self._send([task_loss, kd_loss, *terms, *self._sums_of_teacher()])
             if learn.train_iter == 0: self._first_batch()
-        learn.loss_grad = tw*task_loss + w*kd_loss
+        loss = tw*task_loss + w*kd_loss
+        learn.loss_grad = loss.to(task_loss.dtype) if loss.dtype == torch.float64 else loss   # fastai's recorder wants its own type
         learn.loss = learn.loss_grad.clone()
         self._clear_hooks()   # what backward needs is in the graph
 
@@ -458,7 +459,7 @@ class KnowledgeDistillationCallback(Callback):
     def _send(self, numbers):
         "Start their way from the device, all at once, their mean over processes; nothing waits for it"
         dtype = torch.promote_types(numbers[0].dtype, torch.float32)
-        sent = torch.stack([n.detach().to(dtype) for n in numbers])
+        sent = torch.stack([n.detach().as_subclass(Tensor).to(dtype) for n in numbers])
         if num_distrib() > 1: sent = maybe_gather(sent[None]).mean(0)
         if not sent.is_cuda: return sent,None
         sent,arrived = sent.to('cpu', non_blocking=True),torch.cuda.Event()
