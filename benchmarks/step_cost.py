@@ -2,6 +2,7 @@
 
     python benchmarks/step_cost.py                                     # ResNet34 -> ResNet18, 64 px, batch 64, on the CPU
     python benchmarks/step_cost.py --peers                             # with fasterai's callback beside (pip install fasterai)
+    python benchmarks/step_cost.py --small                             # a student of 1,702 parameters, one thread, beside a loop written by hand
     python benchmarks/step_cost.py --device cuda --precision bf16 --teacher resnet50 --size 224
 
 Each round times one batch of every row, in rotating order, inside fastai's own training loop; a ratio is taken within its round.
@@ -12,10 +13,12 @@ from contextlib import redirect_stdout
 from functools import partial
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
 from fastai.callback.all import *
 from fastai.data.load import DataLoader
 from torchvision import models
+from fastdistill.cli import digits_cnn, digits_dls
 from fastdistill.all import Attention, KnowledgeDistillationCallback, SoftTarget, Teacher, TeacherRecording, record_teacher
 from timing import machine, peak_mb, time_rounds
 
@@ -32,6 +35,7 @@ def parse():
     p.add_argument('--precision', default='fp32', choices=['fp32','fp16','bf16'], help='fp16 and bf16: mixed, on a GPU')
     p.add_argument('--rounds', type=int, default=20)
     p.add_argument('--peers', action='store_true', help='time fasterai too')
+    p.add_argument('--small', action='store_true', help='networks of the digits, batch 50, one thread')
     p.add_argument('--memory_of', help=argparse.SUPPRESS)
     p.add_argument('--recording', help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -70,13 +74,21 @@ def training_step(args, cb, batch):
     torch.manual_seed(0)
     learn = Learner(make_dls(args, batch), getattr(models, args.student)(num_classes=args.classes).to(args.device), loss_func=CrossEntropyLossFlat(), cbs=cb)
     if args.precision != 'fp32': getattr(learn, f'to_{args.precision}')()
+    return started(learn)
+
+def started(learn):
+    "Function that trains one batch of a learner"
     learn.remove_cb(ProgressCallback)
     learn.logger = lambda *_: None
     learn.create_opt()
     learn.n_epoch,learn.dl,learn.n_iter,learn.epoch = 1,learn.dls.train,10**6,0
     learn(['before_fit','before_epoch','before_train'])
     batch = next(iter(learn.dl))     # loading it is no part of the step
-    return partial(learn.one_batch, 0, batch)
+    def step():
+        learn.train_iter = max(1, learn.train_iter)     # a fit looks at its first batch more closely
+        learn.one_batch(1, batch)
+    learn.one_batch(0, batch)
+    return step
 
 def forward_step(args, batch):
     "Function that lets the teacher answer one batch"
@@ -101,8 +113,38 @@ def peak_memory(args):
         for _ in range(4): f()
     return peak_mb(args.device) - before
 
+class ByHand(Callback):
+    "The few lines that one would write without a package"
+    def __init__(self, teacher): self.teacher = teacher.eval()
+    def after_loss(self):
+        if not self.training: return
+        with torch.no_grad(): answer = self.teacher(*self.xb)
+        kl = F.kl_div(F.log_softmax(self.pred/5, 1), F.softmax(answer/5, 1), reduction='batchmean')*25
+        self.learn.loss_grad = 0.5*self.learn.loss_grad + 0.5*kl
+        self.learn.loss = self.learn.loss_grad.clone()
+
+def small(args):
+    "Networks so small that the cost is that of the calls, not of the numbers"
+    torch.set_num_threads(1)
+    stages,weights = ['0','1','2'],digits_cnn(32).state_dict()
+    def teacher():
+        model = digits_cnn(32)
+        model.load_state_dict(weights)
+        return model
+    rows = {'student alone': lambda: None, 'written by hand': lambda: ByHand(teacher()), 'SoftTarget': lambda: KnowledgeDistillationCallback(teacher(), SoftTarget),
+            'Attention, 3 layers': lambda: KnowledgeDistillationCallback(teacher(), Attention, stages, stages)}
+    def learner(cb):
+        torch.manual_seed(0)
+        return Learner(digits_dls(1000, bs=50), digits_cnn(4), loss_func=CrossEntropyLossFlat(), cbs=cb)
+    times = time_rounds({name:started(learner(cb())) for name,cb in rows.items()}, max(400, args.rounds), 'cpu')
+    ratio = times.div(times['written by hand'], axis=0)
+    low,high = ratio.quantile(.25),ratio.quantile(.75)
+    print(f'1,702 parameters beside a teacher of 94,186, 8 px, batch 50, fp32, {machine("cpu")}; medians of {len(times)} rounds, ratios taken within a round, with their middle half')
+    print(pd.DataFrame({'ms': 1e3*times.median(), 'ratio to by hand': ratio.median(), 'from': low, 'to': high}).to_string(float_format='{:.3f}'.format))
+
 def main():
     args = parse()
+    if args.small: return small(args)
     if args.memory_of: return print(f'MB {peak_memory(args)}')
     with tempfile.TemporaryDirectory() as folder:
         args.recording = f'{folder}/teacher.rec'

@@ -354,6 +354,11 @@ class KnowledgeDistillationCallback(Callback):
         if self._learn is None: return   # a callback before has removed this one
         if event_name == 'after_fit' or hasattr(type(self), event_name) or event_name in self.__dict__: return super().__call__(event_name)
 
+    def __setattr__(self, name, value):
+        "fastai asks the learner whether it has an attribute of this name, which takes microseconds; one with an underscore is our own"
+        if name.startswith('_'): object.__setattr__(self, name, value)
+        else: super().__setattr__(name, value)
+
     def __reduce_ex__(self, protocol):
         "In the pickle of its learner an empty callback of fastai, which can be loaded without this package"
         return super().__reduce_ex__(protocol) if self._learn is None else (Callback,())
@@ -408,15 +413,16 @@ class KnowledgeDistillationCallback(Callback):
 
     def after_pred(self):
         "Let the teacher answer what the student was asked"
+        xb,teacher = self.learn.xb,self._teacher
         with self._undo_on_error('batch'):
             if self._inputs.written_over():
                 raise ValueError(f'Expected {type(unwrap_model(self.model)).__name__} to leave its inputs as they are, but its forward pass writes over them, '
                                  'so the teacher would see other inputs. Replace the in-place operation, for example `x.sub_(mean)` by `x = x - mean`.')
-            self._teacher.check(*self.xb)
+            teacher.check(*xb)
             hooks = self._hooks[1::2]
-            if self._teacher.choose(*self.xb):
+            if teacher.choose(*xb):
                 for h in hooks: h.clear()
-            try: self._answer = self._teacher(*self.xb)
+            try: self._answer = teacher(*xb)
             except StopForward: return   # all that the losses look at has been captured
             if self._may_stop: stop_after(hooks)
 
@@ -479,7 +485,8 @@ class KnowledgeDistillationCallback(Callback):
 
     def features(self) -> list: # A pair of lists of tensors for each of `matches`
         "What student and teacher computed for each term in this batch: features, or logits alone"
-        return [(s.features or [get_logits(self.pred)], t.features or [self._answer]) for s,t in zip(self._hooks[::2], self._hooks[1::2])]
+        predictions = [get_logits(self.learn.pred)],[self._answer]
+        return [(s.features, t.features) if len(s) else predictions for s,t in zip(self._hooks[::2], self._hooks[1::2])]
 
     def _term_names(self):
         "Names of the terms, numbered where they repeat, if there are several"
