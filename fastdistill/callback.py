@@ -274,7 +274,7 @@ class _Inputs:
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
-    _stateattrs = ('_teacher','_learn','_holders','_handles','_hooks','_inputs','_answer','_parts','_compared','_sent','_average','_first_buffers','_student','_trained','_saved','_kept','_guard')   # not copied
+    _stateattrs = ('_teacher','_holders','_handles','_hooks','_inputs','_answer','_parts','_compared','_sent','_average','_first_buffers','_student','_trained','_saved','_kept','_guard')   # not copied
     _learn = _teacher = _inputs = _answer = _parts = _compared = _sent = _average = _student = _trained = _saved = _kept = _guard = None
     _holders = _handles = _hooks = _columns = _first_buffers = ()
     def __init__(self,
@@ -298,7 +298,7 @@ class KnowledgeDistillationCallback(Callback):
         self.teacher = teacher
 
     @property
-    def teacher(self) -> Teacher: # `None` in a learner that was exported and loaded
+    def teacher(self) -> Teacher: # `None` in a callback that was pickled and loaded
         "The teacher; set it to a module, a `Learner`, a `Teacher`, a list of them or a `TeacherRecording`"
         return self._teacher
     @teacher.setter
@@ -341,13 +341,14 @@ class KnowledgeDistillationCallback(Callback):
             gc.collect()   # a cell that was run again leaves a learner that nobody can reach
             attached = self._attached()
         if len(attached) > 1:
-            def starts(l): return l.__dict__.get('train_iter') == 0 and isinstance(loss := l.__dict__.get('loss'), Tensor) and not loss.any()
+            def starts(l): return l.__dict__.get('train_iter') == 0 and not hasattr(loss := l.__dict__.get('loss'), 'of_a_fit') and isinstance(loss, Tensor) and not loss.any()
             attached = [l for l in attached if starts(l)] or attached
         if len(attached) > 1: raise ValueError(f'Expected the callback to be on one learner, but {len(attached)} hold it. '
                                                'Make a callback for each, or remove it from the others with `remove_cb`.')
         if attached and attached[0] is not self._learn:
             self._undo()
             self.__dict__['_learn'] = attached[0]
+        if isinstance(loss := getattr(self._learn, 'loss', None), Tensor): loss.of_a_fit = True   # should that fail, it does not seem to start for ever
 
     def __call__(self, event_name):
         if event_name == 'before_fit': self._choose_learner()
@@ -360,13 +361,18 @@ class KnowledgeDistillationCallback(Callback):
         else: super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol):
-        "In the pickle of its learner an empty callback of fastai, which can be loaded without this package"
-        return super().__reduce_ex__(protocol) if self._learn is None else (Callback,())
+        "In an exported learner, which holds no data, an empty callback of fastai, which can be loaded without this package"
+        exported = self._learn is not None and not len(getattr(self._learn.dls, 'train_ds', [0]))
+        return (Callback,()) if exported else super().__reduce_ex__(protocol)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if self._learn is not None: self._holders = [weakref.ref(self._learn)]
 
     def __deepcopy__(self, memo):
         "A copy with the same teacher, as nothing changes that, and with what the losses have trained"
         res = memo[id(self)] = object.__new__(type(self))
-        res.__dict__.update({k:deepcopy(v, memo) for k,v in self.__dict__.items() if k not in self._stateattrs})
+        res.__dict__.update({k:deepcopy(v, memo) for k,v in self.__dict__.items() if k not in (*self._stateattrs,'_learn')})
         res.__dict__.update(_teacher=self._teacher, _saved=deepcopy(self._trained.state_dict() if self._trained else self._saved))
         if (learn := memo.get(id(self._learn))) is not None: res.__dict__.update(_learn=learn, _holders=[weakref.ref(learn)])
         return res
@@ -396,7 +402,7 @@ class KnowledgeDistillationCallback(Callback):
         "Start the teacher and hook the layers of both models"
         self.after_train()   # an epoch that was cancelled has left its hooks
         with self._undo_on_error():
-            if self._teacher is None: raise ValueError('Expected a teacher, but this callback was loaded without one: a pickle holds none. Set it with `teacher = ...`.')
+            if self._teacher is None: raise ValueError('Expected a teacher, but this callback was loaded without one, as pickles hold none. Set it: `callback.teacher = ...`.')
             student,teacher = unwrap_model(self.model),self._teacher.model
             if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
                 raise ValueError(f'Expected a teacher of its own, but {self._teacher} is the student or has weights in common with it. '

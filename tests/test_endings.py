@@ -152,10 +152,20 @@ def test_a_copied_learner_trains_with_the_teacher(teacher):
 
 def test_a_pickled_callback_asks_for_its_teacher(teacher):
     kd = pickle.loads(pickle.dumps(KD(teacher)))
-    with pytest.raises(ValueError, match=r'loaded without one.*`teacher = \.\.\.`'): learner().fit(1, cbs=kd)
+    with pytest.raises(ValueError, match=r'loaded without one.*`callback.teacher = \.\.\.`'): learner().fit(1, cbs=kd)
     with pytest.raises(KeyError, match='teacher Sequential has no layer'): pickle.loads(pickle.dumps(KD(teacher, Attention, '1', '1'))).teacher = nn.Sequential(nn.Flatten())
     kd.teacher = teacher
     learner().fit(1, cbs=kd)
+
+def test_a_pickled_learner_does_not_train_without_its_teacher(teacher):
+    loaded = pickle.loads(pickle.dumps(learner(cbs=KD(teacher))))
+    with pytest.raises(ValueError, match='loaded without one'): loaded.fit(1)
+    kd = loaded.knowledge_distillation
+    kd.teacher = teacher
+    other = learner()
+    other.fit(1, cbs=kd)     # lent, and given back
+    loaded.fit(1)
+    assert kd.learn is loaded and 'kd_loss' in other.recorder.metric_names and 'kd_loss' in loaded.recorder.metric_names
 
 # --- several learners ---
 
