@@ -9,9 +9,10 @@ __all__ = ['Match', 'no_better_than_chance', 'KnowledgeDistillationCallback', 'S
 import gc, inspect, math, warnings, weakref
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import partial
+from functools import partial, reduce
 from itertools import chain
 from numbers import Real
+from operator import add
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -31,7 +32,7 @@ from torch.nn.modules.loss import _Loss
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from .layers import FeatureHooks, StopForward, get_layer, is_compiled, stop_after, unwrap_model
-from .losses import Projected, SoftTarget, full_precision
+from .losses import Projected, SoftTarget, in_full_precision
 from .teacher import Ensemble, Teacher, as_teacher, describe_data, get_logits, ignored_label, one_class_each
 
 # %% ../nbs/03_callback.ipynb #19093dc7
@@ -99,7 +100,7 @@ class Match:
     def _build(self, of, s, t):
         loss = deepcopy(self.loss).to(s.device)
         if hasattr(loss, 'build'):
-            with self._naming(of, s, t): full_precision(loss.build)(s.detach(), t)
+            with self._naming(of, s, t): in_full_precision(loss.build, s.detach(), t)
         return loss
 
     def __call__(self,
@@ -109,7 +110,8 @@ class Match:
         losses:list=(), # What `build` returned, for a loss that trains
     ) -> Tensor: # Scalar: weight times loss, summed over the pairs
         "Raises what the loss raises, saying what was compared; `ValueError` where shapes would be broadcast or the loss is no scalar"
-        return self.weight * sum(self.compare(student, teacher, *targ, losses=losses))
+        loss = reduce(add, self.compare(student, teacher, *targ, losses=losses))
+        return loss if self.weight == 1 else self.weight*loss
 
     def compare(self,
         student:list, # What the student computed: its features, one for each of `student_layers`, or its logits alone
@@ -126,7 +128,7 @@ class Match:
         with self._naming(of, s, t):
             if s.shape != t.shape and (not self.student_layers or isinstance(loss, _Loss)):   # PyTorch's losses would broadcast
                 raise ValueError('expected the same shape (in predictions, the same number of classes)')
-            loss = full_precision(loss)(s, t, *targ)
+            loss = in_full_precision(loss, s, t, *targ)
             if not isinstance(loss, Tensor) or loss.ndim: raise ValueError(f'expected the loss to be a scalar tensor, but got {loss!r}')
             return loss
 
@@ -440,7 +442,7 @@ class KnowledgeDistillationCallback(Callback):
                                                    'Give any, zeros for example, and `task_weight=0` to learn from the teacher alone.')
             if learn.iter == 0: self._check_labels()
             terms = self.terms()
-            task_loss,kd_loss,(w,tw) = learn.loss_grad.as_subclass(Tensor),sum(terms),self.weights
+            task_loss,kd_loss,(w,tw) = learn.loss_grad.as_subclass(Tensor),reduce(add, terms),self.weights
             self._parts = {k:l.detach() for k,l in zip(self._average, (task_loss,kd_loss,*terms))}
             self._sent = self._send([task_loss, kd_loss, *terms, *self._sums_of_teacher()])
             if learn.train_iter == 0: self._first_batch()
@@ -465,8 +467,8 @@ class KnowledgeDistillationCallback(Callback):
 
     def _sums_of_teacher(self):
         "A number for each thing that the teacher said, not finite where any of it is not: argmax and comparisons would hide that from the loss"
-        said = {id(t):t for _,ts in self._compared for t in ts}
-        return [t.detach().sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in said.values()]
+        said = {id(t):t.detach() for _,ts in self._compared for t in ts}
+        return [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in said.values()]
 
     def _send(self, numbers):
         "Start their way from the device, all at once, their mean over processes; nothing waits for it"
@@ -532,8 +534,9 @@ class KnowledgeDistillationCallback(Callback):
 
     def _targ(self):
         "The labels; where MixUp or CutMix blends the task's losses of two, their mixture as probabilities"
+        if not any(getattr(m.loss, 'needs_targ', False) for m in self.matches): return ()
         mix = next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False)), None)
-        if mix is None or not any(getattr(m.loss, 'needs_targ', False) for m in self.matches): return self.yb
+        if mix is None: return self.yb
         n = get_logits(self.pred).shape[1]
         def probs(y): return F.one_hot(y.as_subclass(Tensor).long(), n).movedim(-1, 1).float()
         return [torch.lerp(a, b, mix.lam.view(-1, *[1]*(a.ndim-1))) for a,b in zip(map(probs, mix.yb1), map(probs, self.yb))]

@@ -14,19 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
+# %% ../nbs/00_losses.ipynb #e80d70fe
+def in_full_precision(
+    loss, # Any loss, or another function of tensors
+    *args, # What to call it with
+):
+    "Call `loss` as `full_precision` does"
+    device = next((a.device.type for a in args if isinstance(a, Tensor)), 'cpu')
+    args = [_full_precision(a) for a in args]
+    if not torch.is_autocast_enabled(device): return loss(*args)
+    with torch.autocast(device, enabled=False): return loss(*args)
+
+def _full_precision(x):
+    if not isinstance(x, Tensor): return x
+    if type(x) is not Tensor: x = x.as_subclass(Tensor)
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
 # %% ../nbs/00_losses.ipynb #b3b86903
 def full_precision(
     loss, # Any loss: `loss(student, teacher, *targ)`
 ):
     "Make `loss` compute on plain tensors with autocast off, those in half precision cast to float32"
-    def _cast(x):
-        if not isinstance(x, Tensor): return x
-        x = x.as_subclass(Tensor)
-        return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     @wraps(loss)
-    def _inner(*args):
-        device = next((a.device.type for a in args if isinstance(a, Tensor)), 'cpu')
-        with torch.autocast(device, enabled=False): return loss(*map(_cast, args))
+    def _inner(*args): return in_full_precision(loss, *args)
     return _inner
 
 # %% ../nbs/00_losses.ipynb #23183d7a

@@ -144,8 +144,7 @@ class Teacher:
         x = next((x for x in xb if isinstance(x, Tensor) and x.is_floating_point()), None)
         device = x.device if x is not None else self.device or torch.device('cpu')
         if self.dtype: return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
-        own = one_param(self.model)
-        if x is None or own is None or own.dtype == x.dtype or x.dtype == torch.float32: return nullcontext()
+        if x is None or x.dtype == torch.float32 or (own := one_param(self.model)) is None or own.dtype == x.dtype: return nullcontext()
         return torch.autocast(device.type, x.dtype)
 
     def choose(self,
