@@ -387,8 +387,8 @@ class KnowledgeDistillationCallback(Callback):
 
     def before_fit(self):
         "Add the columns `task_loss` and `kd_loss` to the table"
+        if self.learn.lock.locked(): return   # validate or get_preds, perhaps in the middle of a fit: no training, no columns
         self._undo()
-        if self.learn.lock.locked(): return   # validate or get_preds: no training, no columns
         if (n := sum(isinstance(cb, KnowledgeDistillationCallback) for cb in self.learn.cbs)) > 1:
             raise ValueError(f'Expected one KnowledgeDistillationCallback, but the learner has {n}. One takes several losses as a list of `Match`es and several teachers as '
                              'a list of models. `learn.remove_cb(KnowledgeDistillationCallback)` removes one that was attached before.')
@@ -667,7 +667,7 @@ class KnowledgeDistillationCallback(Callback):
 
     def after_fit(self):
         "Leave everything as it was found"
-        self._undo()
+        if not self.learn.lock.locked(): self._undo()
 
     def _forget(self):
         self._clear_hooks()

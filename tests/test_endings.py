@@ -167,6 +167,17 @@ def test_a_pickled_learner_does_not_train_without_its_teacher(teacher):
     loaded.fit(1)
     assert kd.learn is loaded and 'kd_loss' in other.recorder.metric_names and 'kd_loss' in loaded.recorder.metric_names
 
+@pytest.mark.parametrize('look', [lambda learn: learn.validate(), lambda learn: learn.get_preds(), lambda learn: learn.get_preds(inner=True)])
+def test_a_look_at_the_validation_set_between_two_epochs(teacher, look):
+    "The columns stay, the fit goes on with its teacher, and all is undone at its end"
+    class Look(Callback):
+        def after_train(self): look(self.learn)
+    learn = learner(cbs=KD(teacher, [SoftTarget, Match(FitNet, stages, stages)]))
+    learn.fit(3, cbs=Look())
+    kd = learn.knowledge_distillation
+    assert learn.recorder.metric_names[-3:-1] == ['task_loss','kd_loss'] and len(kd.losses['kd_loss']) == 3*len(learn.dls.train)
+    assert learn.metrics.attrgot('name') == ['accuracy'] and n_hooks(learn.model, teacher) == 0 and '_with_events' not in learn.__dict__
+
 # --- several learners ---
 
 def asked(learn, kd):
