@@ -52,6 +52,9 @@ def _as_loss(loss):
     "An instance for a class or for a `partial` of one, any other callable as it is; raises `TypeError` where it cannot be called as a loss"
     cls = loss.func if isinstance(loss, partial) else loss
     if isinstance(cls, type): loss = loss()
+    if any((c.__module__,c.__qualname__) == (Match.__module__,Match.__qualname__) for c in type(loss).__mro__):   # by name: a reload makes another class
+        raise TypeError(f'Expected a loss, but got a Match of {loss!r}. Give a Match its layers and its weight in one call. '
+                        'One that was made before fastdistill was reloaded has to be made again.')
     if not callable(loss): raise TypeError(f'Expected a loss to be callable, `loss(student, teacher)`, but got {loss!r}')
     args = ['student','teacher'] + ['targ']*getattr(loss, 'needs_targ', False)
     try: takes = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)

@@ -1,5 +1,5 @@
 "Losses that train: their parameters in the learner's optimizer, followed by a plain PyTorch loop; what is saved, and what is not."
-import pickle
+import importlib.util, pickle
 from copy import deepcopy
 from functools import partial
 import pytest, torch
@@ -8,6 +8,7 @@ from fastai.basics import Adam, Callback, CancelStepException, OptimWrapper, SGD
 from fastai.callback.all import GradientAccumulation, GradientClip, SaveModelCallback
 from torch import nn
 from conftest import data, learner, n_hooks, net, same_state, state
+from fastdistill import callback
 from fastdistill.all import *
 from test_callback import exportable
 
@@ -241,3 +242,20 @@ def test_projectors_are_float32_whatever_the_features():
     losses = m.build([s], [t])
     assert {p.dtype for p in losses.parameters()} == {torch.float32}
     with torch.autocast('cpu', dtype=torch.bfloat16): assert m([s], [t], losses=losses).dtype == torch.float32
+
+# --- a Match is no loss ---
+
+def loaded_anew():
+    "The module of the callback a second time, as a reload makes it"
+    spec = importlib.util.spec_from_file_location(callback.__name__, callback.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def test_a_match_in_a_match_is_refused():
+    with pytest.raises(TypeError, match='got a Match of mse_loss. Give a Match its layers and its weight in one call'):
+        Match(Match(F.mse_loss, '3', '3'), weight=2)
+
+def test_a_match_from_before_a_reload_is_refused(teacher):
+    for m in (Match(F.mse_loss, '0', '0'), type('Mine', (Match,), {})(F.mse_loss, '0', '0')):
+        with pytest.raises(TypeError, match='before fastdistill was reloaded has to be made again'): loaded_anew().KnowledgeDistillationCallback(teacher, m)
