@@ -52,7 +52,7 @@ def _as_loss(loss):
     "An instance for a class or for a `partial` of one, any other callable as it is; raises `TypeError` where it cannot be called as a loss"
     cls = loss.func if isinstance(loss, partial) else loss
     if isinstance(cls, type): loss = loss()
-    if any((c.__module__,c.__qualname__) == (Match.__module__,Match.__qualname__) for c in type(loss).__mro__):   # by name: a reload makes another class
+    if any((c.__module__,c.__qualname__) == (Match.__module__,'Match') for c in type(loss).__mro__):   # a reload makes another
         raise TypeError(f'Expected a loss, but got a Match of {loss!r}. Give a Match its layers and its weight in one call. '
                         'One that was made before fastdistill was reloaded has to be made again.')
     if not callable(loss): raise TypeError(f'Expected a loss to be callable, `loss(student, teacher)`, but got {loss!r}')
@@ -528,12 +528,28 @@ class KnowledgeDistillationCallback(Callback):
         return trained
 
     def _targ(self):
-        "The labels; where MixUp or CutMix blends the task's losses of two, their mixture as probabilities"
-        mix = next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False)), None)
-        if mix is None or not any(getattr(m.loss, 'needs_targ', False) for m in self.matches): return self.yb
+        "The labels, -100 for those that the task leaves out; where MixUp or CutMix blends the losses of two, their mixture"
+        if not any(getattr(m.loss, 'needs_targ', False) for m in self.matches): return self.yb
+        mix,ignored = self._mix,self._ignored
+        def marked(y):
+            if ignored == -100 or not isinstance(y, Tensor) or y.is_floating_point(): return y
+            return (y := y.as_subclass(Tensor).long()).masked_fill(y == ignored, -100)
+        if mix is None: return [marked(y) for y in self.yb]
         n = get_logits(self.pred).shape[1]
-        def probs(y): return F.one_hot(y.as_subclass(Tensor).long(), n).movedim(-1, 1).float()
+        def probs(y):   # 0 for each class where the label is left out
+            y = marked(y).as_subclass(Tensor).long()
+            return (F.one_hot(y.where(y != -100, 0), n)*(y != -100)[...,None]).movedim(-1, 1).float()
         return [torch.lerp(a, b, mix.lam.view(-1, *[1]*(a.ndim-1))) for a,b in zip(map(probs, mix.yb1), map(probs, self.yb))]
+
+    @property
+    def _mix(self):
+        "MixUp or CutMix, where it blends the task's losses of two labels"
+        return next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False)), None)
+
+    @property
+    def _ignored(self):
+        "The label that the task's loss leaves out; MixUp has put a loss of its own in that place"
+        return ignored_label(self.loss_func if (mix := self._mix) is None else mix.old_lf)
 
     def _check_labels(self):
         "Raise where a loss takes each item to have one class, or the classes along one axis, and the labels are not of this kind"
@@ -581,7 +597,7 @@ class KnowledgeDistillationCallback(Callback):
     def _classes(self, logits):
         "Rows of logits and their classes, where items have one class each and nothing blends them"
         if any(isinstance(cb, MixHandler) for cb in self.learn.cbs): return None
-        return one_class_each(logits, self.yb[0], ignored_label(self.loss_func))
+        return one_class_each(logits, self.yb[0], self._ignored)
 
     def _guessing(self):
         if self._answer is None or (found := self._classes(self._answer)) is None: return []
@@ -599,7 +615,7 @@ class KnowledgeDistillationCallback(Callback):
                 and self._answer.shape[m.loss.axis] > 1 and (h := entropy(m)) > 0.9995]
 
     def _no_labels(self):
-        if (found := one_class_each(get_logits(self.pred), self.yb[0], ignored_label(self.loss_func))) is None: return []
+        if (found := one_class_each(get_logits(self.pred), self.yb[0], self._ignored)) is None: return []
         y = found[1]
         if len(y) < 16 or (y != y[0]).any(): return []
         return [f'{m} looks at the labels, and all {len(y)} of this batch are {y[0].item()}: one for images without labels would do' for m in self.matches if getattr(m.loss, 'needs_targ', False)]
