@@ -149,6 +149,15 @@ def test_a_loss_of_ones_own_gets_100_for_ignored_labels(teacher):
     for b,y in zip(seen(teacher, loss, ignoring_data(255), loss_func=CrossEntropyLossFlat(ignore_index=255)), got):
         assert torch.equal(y == -100, b['y'] == 255) and b['kd_loss'] == pytest.approx(b['task_loss'], rel=1e-4)
 
+def test_a_loss_on_features_may_need_labels_behind_a_projector(teacher):
+    got,labels = [],[]
+    def loss(s, t, y):
+        got.append((s.shape, t.shape, y))
+        return (s-t)[y==1].square().sum()
+    loss.needs_targ = True
+    learner(cbs=KD(teacher, Match(loss, '1', '1', projector=True))).fit(1, cbs=Callback(before_backward=lambda self: labels.append(self.y)))
+    for (s,t,y),want in zip(got, labels, strict=True): assert s == t == (8,16,2,2) and torch.equal(y, want)
+
 # --- several labels, values ---
 
 def multi_data():
