@@ -31,7 +31,7 @@ from torch.nn.modules.loss import _Loss
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from .layers import FeatureHooks, StopForward, get_layer, is_compiled, stop_after, unwrap_model
-from .losses import Projected, SoftTarget, full_precision
+from .losses import Projected, SoftTarget, _channel_axis, full_precision
 from .teacher import Ensemble, Teacher, as_teacher, describe_data, get_logits, ignored_label, one_class_each
 
 # %% ../nbs/03_callback.ipynb #19093dc7
@@ -152,10 +152,29 @@ class Match:
 # %% ../nbs/03_callback.ipynb #a08d1b94
 class _TrainedLosses:
     "The losses that train with the student, a list for each `Match`, and the optimizer's state of their parameters"
-    states = slow = opt = joined = None
-    def __init__(self, losses):
-        self.losses = losses
+    opt = joined = None
+    def __init__(self, losses, features, model):
+        self.losses,self.size = losses,self._size(model)
+        self.channels = self._channels(features)
         self.params = [p for p in losses.parameters() if p.requires_grad]
+        self.states,self.slow = {},{}   # of each parameter
+
+    def _channels(self, features):
+        return [[s.shape[_channel_axis(s):][:1] for _,s in zip(l, student)] for l,(student,_) in zip(self.losses, features)]
+
+    def _size(self, model): return sum(p.numel() for p in model.parameters())
+
+    def suit(self, features, model):
+        "Whether the features have the channels that they had, or else the student is what it was, so that an error will tell why"
+        return self._channels(features) == self.channels or self._size(model) == self.size
+
+    def keep(self, old):
+        "Go on with what `old` has for features of the same channels"
+        for new,was,*channels in zip(self.losses, old.losses, self.channels, old.channels):
+            for i in range(len(new)):
+                if channels[0][i] == channels[1][i]: new[i] = was[i]
+        self.params = [p for p in self.losses.parameters() if p.requires_grad]
+        self.states,self.slow,self.opt = old.states,old.slow,old.opt
 
     def share(self, group):
         "Start in all processes as the first has it"
@@ -174,11 +193,11 @@ class _TrainedLosses:
         "Put the parameters into the optimizer's last group, and into `learn.parameters()`, which `GradientClip` asks for"
         if self.joined or not self.params: return
         opt,model = learn.opt,learn.model
-        if self.states is None or self.opt and self.opt() is not opt: self.states,self.slow = self._new_states(learn),None
+        if self.opt and self.opt() is not opt: self.states,self.slow = {},{}
         self.opt,self.joined = weakref.ref(opt),(learn,opt)
         opt.param_lists[-1].extend(self.params)
-        self._state(opt).update(zip(self.params, self.states))
-        if getattr(opt, 'slow_weights', None): opt.slow_weights[-1].extend(self.slow or [p.detach().clone() for p in self.params])   # Lookahead's
+        self._state(opt).update({p:self.states.get(p, new) for p,new in zip(self.params, self._new_states(learn))})
+        if getattr(opt, 'slow_weights', None): opt.slow_weights[-1].extend(self.slow.get(p, p.detach().clone()) for p in self.params)   # Lookahead's
         learn.parameters = lambda: chain(model.parameters(), self.params)
 
     def leave(self):
@@ -186,8 +205,8 @@ class _TrainedLosses:
         if self.joined is None: return
         (learn,opt),self.joined = self.joined,None
         for _ in self.params: opt.param_lists[-1].pop()
-        self.states = [self._state(opt).pop(p, {}) for p in self.params]
-        if getattr(opt, 'slow_weights', None): self.slow = [opt.slow_weights[-1].pop() for _ in self.params][::-1]
+        self.states = {p:self._state(opt).pop(p, {}) for p in self.params}
+        if getattr(opt, 'slow_weights', None): self.slow = {p:opt.slow_weights[-1].pop() for p in self.params[::-1]}
         del learn.parameters
 
     def _state(self, opt): return getattr(opt, 'opt', opt).state   # of the optimizer that is wrapped, if one is
@@ -197,12 +216,14 @@ class _TrainedLosses:
         plain = isinstance(getattr(learn.opt, 'opt', None), torch.optim.Optimizer) or learn.wd_bn_bias
         return [{} if plain or p.ndim > 1 else dict(do_wd=False) for p in self.params]
 
-    def state_dict(self): return dict(losses=self.losses.state_dict(), states=self.states)
+    def state_dict(self):
+        states = [self.states.get(p, {}) for p in self.params] if self.states else None
+        return dict(losses=self.losses.state_dict(), states=states)
 
     def load_state_dict(self, saved):
         self.losses.load_state_dict(saved['losses'])
-        self.states = [{k:v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k,v in st.items()}
-                       for p,st in zip(self.params, saved['states'] or [])] or None
+        self.states = {p:{k:v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k,v in st.items()}
+                       for p,st in zip(self.params, saved['states'] or [])}
 
 # %% ../nbs/03_callback.ipynb #2fb1eae3
 def alike(a, b):
@@ -455,7 +476,7 @@ class KnowledgeDistillationCallback(Callback):
     def terms(self) -> list: # Scalars
         "The terms of the distillation loss of this batch, each with its weight among the others"
         self._compared = features = self.features()
-        trained,targ = self._trained or self._build(features),self._targ()
+        trained,targ = self._losses_for(features),self._targ()
         terms = [m(*f, *targ, losses=l) for m,f,l in zip(self.matches, features, trained.losses)]
         self._trained = trained
         return terms
@@ -515,13 +536,23 @@ class KnowledgeDistillationCallback(Callback):
         if not isinstance(saved, dict) or set(saved) != {'losses','states'}: raise ValueError(f'{file}: expected what `KnowledgeDistillationCallback.save` writes')
         self._saved,self._trained = saved,None
 
+    def _losses_for(self, features):
+        "What the losses train, made at the first batch, and again where the student's layers have changed"
+        trained = self._trained
+        if trained is None: return self._build(features)
+        if trained.suit(features, self.learn.model): return trained
+        if not rank_distrib(): warnings.warn('The student\'s layers have other channels than before, as pruning gives them: what the losses train for these layers '
+                                             'starts anew. Prune before the fit, or match them by a loss that trains nothing, such as `Attention`.')
+        (new := self._build(features)).keep(trained)
+        return new
+
     def _build(self, features):
         "Make what the losses train, or load it"
         student,device = self.learn.model,get_logits(self.pred).device
         with torch.random.fork_rng([device] if device.type == 'cuda' else []):   # what the student draws does not depend on what is built
             losses = nn.ModuleList(m.build(*f) for m,f in zip(self.matches, features))
         if any(isinstance(m, nn.SyncBatchNorm) for m in student.modules()): losses = nn.SyncBatchNorm.convert_sync_batchnorm(losses)
-        trained = _TrainedLosses(losses)
+        trained = _TrainedLosses(losses, features, student)
         if self._saved: trained.load_state_dict(self._saved)
         if isinstance(student, DistributedDataParallel): trained.share(student.process_group)
         self._saved = None

@@ -43,7 +43,7 @@ def fit(out, scenario, saved=None):
             with learn.distrib_ctx(sync_bn=False): learn.fit(2, 0.1, cbs=cbs)
     kd.save(f'{out}/kd_{scenario}_{rank_distrib()}.pth')
     distrib_barrier()     # now it is there for all to load
-    return dict(grads=steps.grads, start=steps.start, student=student.state_dict(), projectors=kd._trained.losses.state_dict(), momenta=[s['grad_avg'] for s in kd._trained.states],
+    return dict(grads=steps.grads, start=steps.start, student=student.state_dict(), projectors=kd._trained.losses.state_dict(), momenta=[s['grad_avg'] for s in kd._trained.states.values()],
                 hooks=steps.hooks, hooks_left=n_hooks(student, teacher), plain=learn.model is student, names=list(learn.recorder.metric_names), values=[list(map(float, v)) for v in learn.recorder.values])
 
 if __name__ == '__main__':

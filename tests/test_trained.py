@@ -236,6 +236,18 @@ def test_bad_input(teacher, make, ex, msg):
     with pytest.raises(ex, match=f'(?s){msg}'): learn.fit(1, cbs=make(teacher))
     assert same_state(learn.model, before) and n_hooks(learn.model, teacher) == 0
 
+def test_features_that_change_under_the_same_student_are_an_error(teacher):
+    "A projector that was made for other channels is not made anew for each batch"
+    class Varying(nn.Module):
+        n = 4
+        def forward(self, x):
+            self.n -= 1
+            return x[:,:self.n]
+    student = net()
+    student.add_module('5', nn.Sequential(seen := Varying()))
+    student.forward = lambda x: (seen(student[0](x)), student[4](student[3](student[2](student[1](student[0](x))))))[1]
+    with pytest.raises(RuntimeError, match=r"layers '5.0' and '0', student \(8, 2, 4, 4\).*to have 3 channels"): learner(student).fit(1, cbs=KD(teacher, FitNet, '5.0', '0'))
+
 def test_projectors_are_float32_whatever_the_features():
     m = Match(FitNet, 'a', 'b')
     s,t = torch.randn(2, 3, 4, 4).half(),torch.randn(2, 5, 4, 4).half()
