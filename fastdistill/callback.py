@@ -736,7 +736,7 @@ class KnowledgeDistillationCallback(Callback):
         try: yield
         except Exception as e:
             with torch.no_grad():
-                for b,found in self._first_buffers: b.copy_(found)
+                for b,found in self._first_buffers: b.resize_(found.shape).copy_(found)   # an observer of ranges starts empty
             where = at and f' (epoch {self.epoch}, batch {self.iter})'
             self._undo()
             raise modify_exception(e, f'{e.args[0] if e.args else type(e).__name__}{where}', replace=True)

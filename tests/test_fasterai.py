@@ -8,6 +8,7 @@ from fastai.basics import Callback
 from fasterai.core.criteria import large_final
 from fasterai.core.schedule import agp, one_shot
 from fasterai.prune.prune_callback import PruneCallback
+from fasterai.quantize.quantize_callback import QuantizeCallback
 from fasterai.sparse.sparsify_callback import SparsifyCallback
 from conftest import data, learner, n_hooks, same_state, state
 from fastdistill.all import *
@@ -91,3 +92,34 @@ def test_pruned_between_two_fits(tmp_path):
     kd.load(tmp_path/'kd.pth')
     learn.fit(1, 1e-2, cbs=kd)
     assert [l.projector[0].weight.shape[1] for l in kd._trained.losses[0]] == [8,16]
+
+# --- quantisation-aware training ---
+
+def quantize(): return QuantizeCallback(backend='x86')
+
+@pytest.mark.parametrize('loss', [SoftTarget, Match(Attention, ['0.0','1.0'], stages), Match(FitNet, ['0.0','1.0'], stages)], ids=['SoftTarget','Attention','FitNet'])
+def test_quantisation_goes_with_a_teacher(loss):
+    "The student is quantised in the end; of weight 0 it is the one without a teacher, bit for bit"
+    def fit(weight):
+        learn = learner(net(16), data(shuffle=False))
+        learn.model.load_state_dict(start)
+        learn.fit(2, 1e-2, cbs=[quantize(), *([] if weight is None else [KD(net(24).eval(), loss, weight=weight, task_weight=1.)])])
+        return learn.quantized_model
+    start,x = state(net(16)),torch.randn(8,2,8,8)
+    alone,weightless,taught = [fit(w)(x) for w in (None,0,0.5)]
+    assert torch.equal(alone, weightless) and not torch.equal(alone, taught)
+
+@pytest.mark.parametrize('layer,near', [('0','0.0'), ('1','1.0')])
+def test_a_block_that_the_rewritten_student_does_not_run(layer, near):
+    learn = learner(net(16))
+    with pytest.raises(ValueError, match=f"student GraphModule calls as modules, but its graph was rewritten without '{layer}'. Name one that it calls: {near}.$"):
+        learn.fit(1, cbs=[quantize(), KD(net(24), Attention, layer, '0')])
+    assert n_hooks(learn.model) == 0
+
+def test_an_error_of_the_first_batch_is_not_hidden():
+    "though the forward pass has given the observers' buffers another size; they are put back"
+    learn,found = learner(net(16)),[]
+    keep = Callback(before_batch=lambda self: found.append(state(self.model)))
+    with pytest.raises(ValueError, match=r"(?s)Cosine\(\) cannot compare layers '0.0' and '0'.*same number of channels.*epoch 0, batch 0"):
+        learn.fit(1, cbs=[quantize(), keep, KD(net(24), Cosine, '0.0', '0')])
+    assert any(not v.numel() for v in found[0].values()) and same_state(learn.model, found[0])
