@@ -23,7 +23,7 @@ from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.rnn import ModelResetter
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import ValueMetric
-from fastai.torch_core import maybe_gather, num_distrib, one_param, rank_distrib
+from fastai.torch_core import distrib_barrier, maybe_gather, num_distrib, one_param, rank_distrib
 from fastcore.basics import listify, noop
 from fastcore.xtras import modify_exception
 from torch import distributed, nn, Tensor
@@ -150,6 +150,11 @@ class Match:
             raise modify_exception(e, f'{self} cannot compare {of}, student {tuple(s.shape)} and teacher {tuple(t.shape)}: {e}', replace=True)
 
 # %% ../nbs/03_callback.ipynb #a08d1b94
+def _process_group(model):
+    "The processes that share the gradients of `model`, or `None`; accelerate compiles around `DistributedDataParallel`"
+    while (inner := getattr(model, '_orig_mod', model)) is not model: model = inner
+    return model.process_group if isinstance(model, DistributedDataParallel) else None
+
 class _TrainedLosses:
     "The losses that train with the student, a list for each `Match`, and the optimizer's state of their parameters"
     opt = joined = None
@@ -518,7 +523,7 @@ class KnowledgeDistillationCallback(Callback):
         return [n if names.count(n) == 1 else f'{n} {names[:i].count(n)+1}' for i,n in enumerate(names)] if len(names) > 1 else []
 
     def save(self,
-        file, # Path to write to
+        file, # Path to write to; of several processes the first one writes, its own batch norm statistics among it
     ):
         "Save what the losses have trained, and the optimizer's state of it, for `load`"
         if rank_distrib(): return
@@ -529,9 +534,10 @@ class KnowledgeDistillationCallback(Callback):
         part.replace(file)   # whole or not at all, whenever the process dies
 
     def load(self,
-        file, # Path that `save` has written
+        file, # Path that `save` has written; of several processes each has to load it, and waits for the one that saves
     ):
         "Go on with what was saved, from the first batch of the next fit on; raises `ValueError` for another file"
+        distrib_barrier()   # the first process may still be saving
         saved = torch.load(file, map_location='cpu', weights_only=True)
         if not isinstance(saved, dict) or set(saved) != {'losses','states'}: raise ValueError(f'{file}: expected what `KnowledgeDistillationCallback.save` writes')
         self._saved,self._trained = saved,None
@@ -554,7 +560,7 @@ class KnowledgeDistillationCallback(Callback):
         if any(isinstance(m, nn.SyncBatchNorm) for m in student.modules()): losses = nn.SyncBatchNorm.convert_sync_batchnorm(losses)
         trained = _TrainedLosses(losses, features, student)
         if self._saved: trained.load_state_dict(self._saved)
-        if isinstance(student, DistributedDataParallel): trained.share(student.process_group)
+        if (group := _process_group(student)) is not None: trained.share(group)
         self._saved = None
         return trained
 
@@ -682,7 +688,7 @@ class KnowledgeDistillationCallback(Callback):
         self._join()
 
     def _join(self):
-        if isinstance(self.learn.model, DistributedDataParallel): self._trained.average_gradients(self.learn.model.process_group)
+        if (group := _process_group(self.learn.model)) is not None: self._trained.average_gradients(group)
         self._trained.join(self.learn)
 
     def after_cancel_step(self):
