@@ -52,9 +52,10 @@ def _as_loss(loss):
     "An instance for a class or for a `partial` of one, any other callable as it is; raises `TypeError` where it cannot be called as a loss"
     cls = loss.func if isinstance(loss, partial) else loss
     if isinstance(cls, type): loss = loss()
-    if any((c.__module__,c.__qualname__) == (Match.__module__,'Match') for c in type(loss).__mro__):   # a reload makes another
-        raise TypeError(f'Expected a loss, but got a Match of {loss!r}. Give a Match its layers and its weight in one call. '
-                        'One that was made before fastdistill was reloaded has to be made again.')
+    names = [(c.__module__,c.__qualname__) for c in type(loss).__mro__]
+    if (Match.__module__,'Match') in names:   # by name, as a reload makes another class
+        raise TypeError(f'Expected a loss, but got a Match of {loss!r}. Give a Match its layers and its weight '
+                        'in one call. One that was made before fastdistill was reloaded has to be made again.')
     if not callable(loss): raise TypeError(f'Expected a loss to be callable, `loss(student, teacher)`, but got {loss!r}')
     args = ['student','teacher'] + ['targ']*getattr(loss, 'needs_targ', False)
     try: takes = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
@@ -165,12 +166,13 @@ class _TrainedLosses:
         self.states,self.slow = {},{}   # of each parameter
 
     def _channels(self, features):
-        return [[s.shape[_channel_axis(s):][:1] for _,s in zip(l, student)] for l,(student,_) in zip(self.losses, features)]
+        pairs = [zip(l, student) for l,(student,_) in zip(self.losses, features)]
+        return [[s.shape[_channel_axis(s):][:1] for _,s in o] for o in pairs]
 
     def _size(self, model): return sum(p.numel() for p in model.parameters())
 
     def suit(self, features, model):
-        "Whether the features have the channels that they had, or else the student is what it was, so that an error will tell why"
+        "Whether the features have the channels that they had; else an error will tell why, unless the student has changed"
         return self._channels(features) == self.channels or self._size(model) == self.size
 
     def keep(self, old):
@@ -202,7 +204,8 @@ class _TrainedLosses:
         self.opt,self.joined = weakref.ref(opt),(learn,opt)
         opt.param_lists[-1].extend(self.params)
         self._state(opt).update({p:self.states.get(p, new) for p,new in zip(self.params, self._new_states(learn))})
-        if getattr(opt, 'slow_weights', None): opt.slow_weights[-1].extend(self.slow.get(p, p.detach().clone()) for p in self.params)   # Lookahead's
+        if getattr(opt, 'slow_weights', None):   # Lookahead's
+            opt.slow_weights[-1].extend(self.slow.get(p, p.detach().clone()) for p in self.params)
         learn.parameters = lambda: chain(model.parameters(), self.params)
 
     def leave(self):
@@ -547,8 +550,9 @@ class KnowledgeDistillationCallback(Callback):
         trained = self._trained
         if trained is None: return self._build(features)
         if trained.suit(features, self.learn.model): return trained
-        if not rank_distrib(): warnings.warn('The student\'s layers have other channels than before, as pruning gives them: what the losses train for these layers '
-                                             'starts anew. Prune before the fit, or match them by a loss that trains nothing, such as `Attention`.')
+        if not rank_distrib():
+            warnings.warn('Layers of the student have other channels than before, as after pruning: what the losses train for them '
+                          'starts anew. Prune before the fit, or use a loss that trains nothing, such as `Attention`.')
         (new := self._build(features)).keep(trained)
         return new
 
@@ -565,7 +569,7 @@ class KnowledgeDistillationCallback(Callback):
         return trained
 
     def _targ(self):
-        "The labels, -100 for those that the task leaves out; where MixUp or CutMix blends the losses of two, their mixture"
+        "The labels, -100 where the task leaves one out; where MixUp or CutMix blends the losses of two, their mixture"
         if not any(getattr(m.loss, 'needs_targ', False) for m in self.matches): return self.yb
         mix,ignored = self._mix,self._ignored
         def marked(y):
@@ -742,7 +746,7 @@ class KnowledgeDistillationCallback(Callback):
         try: yield
         except Exception as e:
             with torch.no_grad():
-                for b,found in self._first_buffers: b.resize_(found.shape).copy_(found)   # an observer of ranges starts empty
+                for b,found in self._first_buffers: b.resize_(found.shape).copy_(found)   # an observer's starts empty
             where = at and f' (epoch {self.epoch}, batch {self.iter})'
             self._undo()
             raise modify_exception(e, f'{e.args[0] if e.args else type(e).__name__}{where}', replace=True)

@@ -90,7 +90,7 @@ class _FeatureHook(Hook):
 
 # %% ../nbs/01_layers.ipynb #9adf1236
 def _check_called(model, names, layers, role):
-    "Raise where `torch.fx` has rewritten the model, as quantisation-aware training does, and its graph does not call a layer"
+    "Raise where `torch.fx` has rewritten the model, as quantisation-aware training does, without one of the layers"
     if not isinstance(inner := unwrap_model(model), GraphModule): return
     called = [n.target for n in inner.graph.nodes if n.op == 'call_module']
     modules = {m for n in called for m in inner.get_submodule(n).modules()}
@@ -98,7 +98,8 @@ def _check_called(model, names, layers, role):
     for name in (n for n,l in zip(names, layers) if l not in modules):
         near = [n for n in called if n.startswith(f'{name}.')] or get_close_matches(name, called, n=5) or called[:20]
         cure = f'Name one that it calls: {", ".join(near)}' if near else 'It calls none: compare predictions'
-        raise ValueError(f'Expected layers that {_describe(model, role)} calls as modules, but its graph was rewritten without {name!r}. {cure}.')
+        raise ValueError(f'Expected layers that {_describe(model, role)} calls as modules, but its graph was rewritten '
+                         f'without {name!r}. {cure}.')
 
 
 # %% ../nbs/01_layers.ipynb #5a4f208b

@@ -388,7 +388,7 @@ class Projected(nn.Module):
     "A loss on features with a trainable projector before it"
     on_features = True
     def __init__(self,
-        loss, # Loss on features of the same channels: `loss(fm_student, fm_teacher)`, with the labels third where it says `needs_targ = True`
+        loss, # Loss on features of the same channels: `loss(fm_student, fm_teacher)`, labels third if `needs_targ` is true
     ):
         super().__init__()
         self.loss,self.projector,self.needs_targ = loss,None,getattr(loss, 'needs_targ', False)

@@ -57,13 +57,15 @@ def test_what_trains_nothing_goes_with_pruning(loss, make):
         assert all(steps.held) and len(steps.held) == 6 and n_hooks(learn.model, teacher) == 0
     assert sum((p==0).sum() for p in want.parameters()) > 500 if make is sparsify else want[0][0].weight.shape[0] == 8
 
-@pytest.mark.parametrize('loss,made', [(FitNet, lambda l: l.projector[0].weight), (VID, lambda l: l.mean[0].weight),
-                                       (partial(Projected, nn.MSELoss()), lambda l: l.projector[0].weight)], ids=['FitNet','VID','Projected'])
+@pytest.mark.parametrize('loss,made', [(FitNet,'projector'), (VID,'mean'), (partial(Projected, nn.MSELoss()),'projector')],
+                         ids=['FitNet','VID','Projected'])
 def test_a_projector_is_made_anew_where_pruning_changes_the_channels(loss, made):
     "and the fit says so; the optimizer holds the new one instead of the old one"
     kd,learn,steps = KD(net(24), loss, stages, stages),learner(net(16)),Steps()
-    with pytest.warns(UserWarning, match='other channels than before.*starts anew. Prune before the fit'): learn.fit(2, 1e-2, cbs=[prune(), kd, steps])
-    assert [made(l).shape[1] for l in kd._trained.losses[0]] == [l[0].weight.shape[0] for l in learn.model[:2]] == [8,16]
+    with pytest.warns(UserWarning, match='other channels than before.*starts anew. Prune before the fit'):
+        learn.fit(2, 1e-2, cbs=[prune(), kd, steps])
+    inputs = [getattr(l, made)[0].weight.shape[1] for l in kd._trained.losses[0]]
+    assert inputs == [l[0].weight.shape[0] for l in learn.model[:2]] == [8,16]
     assert all(steps.held) and len([p for g in learn.opt.param_lists for p in g]) == len(list(learn.model.parameters()))
 
 def test_a_projector_becomes_needed():
@@ -76,7 +78,8 @@ def test_what_still_fits_trains_on():
     "Of two projectors the one whose layer was not pruned is the same, and so is its state in the optimizer"
     kd,first = KD(net(24), [Match(FitNet, '0', '0'), Match(FitNet, '1', '1')]),[]
     keep = Callback(before_backward=lambda self: first.append(self.knowledge_distillation._trained.losses))
-    with pytest.warns(UserWarning, match='starts anew'): learner(net(16)).fit(1, 1e-2, cbs=[prune({'0.0':0.5}, one_shot), kd, keep])
+    with pytest.warns(UserWarning, match='starts anew'):
+        learner(net(16)).fit(1, 1e-2, cbs=[prune({'0.0':0.5}, one_shot), kd, keep])
     (a,b),(a_end,b_end) = ((o[0][0],o[1][0]) for o in (first[0],kd._trained.losses))
     assert a is not a_end and b is b_end and a_end.projector[0].weight.shape[1] == 8
     steps = {id(p):s['step'] for p,s in kd._trained.states.items()}
@@ -97,13 +100,17 @@ def test_pruned_between_two_fits(tmp_path):
 
 def quantize(): return QuantizeCallback(backend='x86')
 
-@pytest.mark.parametrize('loss', [SoftTarget, Match(Attention, ['0.0','1.0'], stages), Match(FitNet, ['0.0','1.0'], stages)], ids=['SoftTarget','Attention','FitNet'])
+inner = ['0.0','1.0']     # of the stages, which are blocks
+
+@pytest.mark.parametrize('loss', [SoftTarget, Match(Attention, inner, stages), Match(FitNet, inner, stages)],
+                         ids=['SoftTarget','Attention','FitNet'])
 def test_quantisation_goes_with_a_teacher(loss):
     "The student is quantised in the end; of weight 0 it is the one without a teacher, bit for bit"
     def fit(weight):
         learn = learner(net(16), data(shuffle=False))
         learn.model.load_state_dict(start)
-        learn.fit(2, 1e-2, cbs=[quantize(), *([] if weight is None else [KD(net(24).eval(), loss, weight=weight, task_weight=1.)])])
+        kd = [] if weight is None else [KD(net(24).eval(), loss, weight=weight, task_weight=1.)]
+        learn.fit(2, 1e-2, cbs=[quantize(), *kd])
         return learn.quantized_model
     start,x = state(net(16)),torch.randn(8,2,8,8)
     alone,weightless,taught = [fit(w)(x) for w in (None,0,0.5)]
@@ -112,7 +119,7 @@ def test_quantisation_goes_with_a_teacher(loss):
 @pytest.mark.parametrize('layer,near', [('0','0.0'), ('1','1.0')])
 def test_a_block_that_the_rewritten_student_does_not_run(layer, near):
     learn = learner(net(16))
-    with pytest.raises(ValueError, match=f"student GraphModule calls as modules, but its graph was rewritten without '{layer}'. Name one that it calls: {near}.$"):
+    with pytest.raises(ValueError, match=f"student GraphModule calls .* rewritten without '{layer}'. Name one that it calls: {near}.$"):
         learn.fit(1, cbs=[quantize(), KD(net(24), Attention, layer, '0')])
     assert n_hooks(learn.model) == 0
 

@@ -123,7 +123,8 @@ def test_ignored_labels_of_pixels(ignored):
     def pixels(w): return nn.Sequential(nn.Conv2d(2, w, 3, padding=1), nn.Conv2d(w, 3, 1))
     def mask(x): return torch.where(x[0] > 1, ignored, (x[1] > 0).long()).to(torch.uint8 if ignored == 255 else torch.int64)
     items = [(x, mask(x)) for x,_ in data().train_ds]
-    for b in seen(pixels(9), DecoupledKD(T=3), loaders(items, items[:16], 8), pixels(4), ForBytes(nn.CrossEntropyLoss(ignore_index=ignored))):
+    task = ForBytes(nn.CrossEntropyLoss(ignore_index=ignored))
+    for b in seen(pixels(9), DecoupledKD(T=3), loaders(items, items[:16], 8), pixels(4), task):
         rows = [b[k].transpose(0,2,3,1).reshape(-1,3) for k in 'st']
         y = b['y'].long().flatten().numpy()
         used = y != ignored
@@ -135,12 +136,15 @@ def test_ignored_labels_of_pixels(ignored):
 def test_ignored_labels_under_mixup(teacher, name, mix, ignored):
     "As the task's: an item whose label is left out adds nothing to the mean over all"
     loss,formula = losses[name]
-    for b in seen(teacher, loss, ignoring_data(ignored), loss_func=CrossEntropyLossFlat(ignore_index=ignored), cbs=[mix]):
-        (y1,lam),y = b['mix'],b['y']
+    task = CrossEntropyLossFlat(ignore_index=ignored)
+    for b in seen(teacher, loss, ignoring_data(ignored), loss_func=task, cbs=[mix]):
+        s,t,(y1,lam),y = b['s'],b['t'],b['mix'],b['y']
+        lam = lam.expand(len(y)).numpy()
         def of(f, i, c): return 0. if c == ignored else f(i, c)
-        def mixture(f): return np.mean([(1-w)*of(f, i, y1[i]) + w*of(f, i, y[i]) for i,w in enumerate(lam.expand(len(y)).numpy())])
-        assert b['kd_loss'] == pytest.approx(mixture(lambda i,c: formula(b['s'][i:i+1], b['t'][i:i+1], np.array([c]))), rel=1e-4)
-        assert b['task_loss'] == pytest.approx(mixture(lambda i,c: F.cross_entropy(torch.tensor(b['s'][i]), torch.as_tensor(c)).item()), rel=1e-4)
+        def mixture(f): return np.mean([(1-w)*of(f, i, y1[i]) + w*of(f, i, y[i]) for i,w in enumerate(lam)])
+        def kd_loss(i, c): return formula(s[i:i+1], t[i:i+1], np.array([c]))
+        def task_loss(i, c): return F.cross_entropy(torch.tensor(s[i]), torch.as_tensor(c)).item()
+        for k,f in dict(kd_loss=kd_loss, task_loss=task_loss).items(): assert b[k] == pytest.approx(mixture(f), rel=1e-4)
 
 def test_a_loss_of_ones_own_gets_100_for_ignored_labels(teacher):
     got = []
@@ -155,7 +159,8 @@ def test_a_loss_on_features_may_need_labels_behind_a_projector(teacher):
         got.append((s.shape, t.shape, y))
         return (s-t)[y==1].square().sum()
     loss.needs_targ = True
-    learner(cbs=KD(teacher, Match(loss, '1', '1', projector=True))).fit(1, cbs=Callback(before_backward=lambda self: labels.append(self.y)))
+    keep = Callback(before_backward=lambda self: labels.append(self.y))
+    learner(cbs=[keep, KD(teacher, Match(loss, '1', '1', projector=True))]).fit(1)
     for (s,t,y),want in zip(got, labels, strict=True): assert s == t == (8,16,2,2) and torch.equal(y, want)
 
 # --- several labels, values ---

@@ -246,7 +246,8 @@ def test_features_that_change_under_the_same_student_are_an_error(teacher):
     student = net()
     student.add_module('5', nn.Sequential(seen := Varying()))
     student.forward = lambda x: (seen(student[0](x)), student[4](student[3](student[2](student[1](student[0](x))))))[1]
-    with pytest.raises(RuntimeError, match=r"layers '5.0' and '0', student \(8, 2, 4, 4\).*to have 3 channels"): learner(student).fit(1, cbs=KD(teacher, FitNet, '5.0', '0'))
+    with pytest.raises(RuntimeError, match=r"layers '5.0' and '0', student \(8, 2, 4, 4\).*to have 3 channels"):
+        learner(student).fit(1, cbs=KD(teacher, FitNet, '5.0', '0'))
 
 def test_projectors_are_float32_whatever_the_features():
     m = Match(FitNet, 'a', 'b')
@@ -270,4 +271,5 @@ def test_a_match_in_a_match_is_refused():
 
 def test_a_match_from_before_a_reload_is_refused(teacher):
     for m in (Match(F.mse_loss, '0', '0'), type('Mine', (Match,), {})(F.mse_loss, '0', '0')):
-        with pytest.raises(TypeError, match='before fastdistill was reloaded has to be made again'): loaded_anew().KnowledgeDistillationCallback(teacher, m)
+        with pytest.raises(TypeError, match='before fastdistill was reloaded has to be made again'):
+            loaded_anew().KnowledgeDistillationCallback(teacher, m)
