@@ -24,7 +24,7 @@ from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.rnn import ModelResetter
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import ValueMetric
-from fastai.torch_core import maybe_gather, num_distrib, one_param, rank_distrib
+from fastai.torch_core import distrib_barrier, maybe_gather, num_distrib, one_param, rank_distrib
 from fastcore.basics import listify, noop
 from fastcore.xtras import modify_exception
 from torch import distributed, nn, Tensor
@@ -32,7 +32,7 @@ from torch.nn.modules.loss import _Loss
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from .layers import FeatureHooks, StopForward, get_layer, is_compiled, stop_after, unwrap_model
-from .losses import Projected, SoftTarget, in_full_precision
+from .losses import Projected, SoftTarget, _channel_axis, in_full_precision
 from .teacher import Ensemble, Teacher, as_teacher, describe_data, get_logits, ignored_label, one_class_each
 
 # %% ../nbs/03_callback.ipynb #19093dc7
@@ -53,6 +53,10 @@ def _as_loss(loss):
     "An instance for a class or for a `partial` of one, any other callable as it is; raises `TypeError` where it cannot be called as a loss"
     cls = loss.func if isinstance(loss, partial) else loss
     if isinstance(cls, type): loss = loss()
+    names = [(c.__module__,c.__qualname__) for c in type(loss).__mro__]
+    if (Match.__module__,'Match') in names:   # by name, as a reload makes another class
+        raise TypeError(f'Expected a loss, but got a Match of {loss!r}. Give a Match its layers and its weight '
+                        'in one call. One that was made before fastdistill was reloaded has to be made again.')
     if not callable(loss): raise TypeError(f'Expected a loss to be callable, `loss(student, teacher)`, but got {loss!r}')
     args = ['student','teacher'] + ['targ']*getattr(loss, 'needs_targ', False)
     try: takes = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
@@ -149,12 +153,37 @@ class Match:
             raise modify_exception(e, f'{self} cannot compare {of}, student {tuple(s.shape)} and teacher {tuple(t.shape)}: {e}', replace=True)
 
 # %% ../nbs/03_callback.ipynb #a08d1b94
+def _process_group(model):
+    "The processes that share the gradients of `model`, or `None`; accelerate compiles around `DistributedDataParallel`"
+    while (inner := getattr(model, '_orig_mod', model)) is not model: model = inner
+    return model.process_group if isinstance(model, DistributedDataParallel) else None
+
 class _TrainedLosses:
     "The losses that train with the student, a list for each `Match`, and the optimizer's state of their parameters"
-    states = slow = opt = joined = None
-    def __init__(self, losses):
-        self.losses = losses
+    opt = joined = None
+    def __init__(self, losses, features, model):
+        self.losses,self.size = losses,self._size(model)
+        self.channels = self._channels(features)
         self.params = [p for p in losses.parameters() if p.requires_grad]
+        self.states,self.slow = {},{}   # of each parameter
+
+    def _channels(self, features):
+        pairs = [zip(l, student) for l,(student,_) in zip(self.losses, features)]
+        return [[s.shape[_channel_axis(s):][:1] for _,s in o] for o in pairs]
+
+    def _size(self, model): return sum(p.numel() for p in model.parameters())
+
+    def suit(self, features, model):
+        "Whether the features have the channels that they had; else an error will tell why, unless the student has changed"
+        return self._channels(features) == self.channels or self._size(model) == self.size
+
+    def keep(self, old):
+        "Go on with what `old` has for features of the same channels"
+        for new,was,*channels in zip(self.losses, old.losses, self.channels, old.channels):
+            for i in range(len(new)):
+                if channels[0][i] == channels[1][i]: new[i] = was[i]
+        self.params = [p for p in self.losses.parameters() if p.requires_grad]
+        self.states,self.slow,self.opt = old.states,old.slow,old.opt
 
     def share(self, group):
         "Start in all processes as the first has it"
@@ -173,11 +202,12 @@ class _TrainedLosses:
         "Put the parameters into the optimizer's last group, and into `learn.parameters()`, which `GradientClip` asks for"
         if self.joined or not self.params: return
         opt,model = learn.opt,learn.model
-        if self.states is None or self.opt and self.opt() is not opt: self.states,self.slow = self._new_states(learn),None
+        if self.opt and self.opt() is not opt: self.states,self.slow = {},{}
         self.opt,self.joined = weakref.ref(opt),(learn,opt)
         opt.param_lists[-1].extend(self.params)
-        self._state(opt).update(zip(self.params, self.states))
-        if getattr(opt, 'slow_weights', None): opt.slow_weights[-1].extend(self.slow or [p.detach().clone() for p in self.params])   # Lookahead's
+        self._state(opt).update({p:self.states.get(p, new) for p,new in zip(self.params, self._new_states(learn))})
+        if getattr(opt, 'slow_weights', None):   # Lookahead's
+            opt.slow_weights[-1].extend(self.slow.get(p, p.detach().clone()) for p in self.params)
         learn.parameters = lambda: chain(model.parameters(), self.params)
 
     def leave(self):
@@ -185,8 +215,8 @@ class _TrainedLosses:
         if self.joined is None: return
         (learn,opt),self.joined = self.joined,None
         for _ in self.params: opt.param_lists[-1].pop()
-        self.states = [self._state(opt).pop(p, {}) for p in self.params]
-        if getattr(opt, 'slow_weights', None): self.slow = [opt.slow_weights[-1].pop() for _ in self.params][::-1]
+        self.states = {p:self._state(opt).pop(p, {}) for p in self.params}
+        if getattr(opt, 'slow_weights', None): self.slow = {p:opt.slow_weights[-1].pop() for p in self.params[::-1]}
         del learn.parameters
 
     def _state(self, opt): return getattr(opt, 'opt', opt).state   # of the optimizer that is wrapped, if one is
@@ -196,12 +226,14 @@ class _TrainedLosses:
         plain = isinstance(getattr(learn.opt, 'opt', None), torch.optim.Optimizer) or learn.wd_bn_bias
         return [{} if plain or p.ndim > 1 else dict(do_wd=False) for p in self.params]
 
-    def state_dict(self): return dict(losses=self.losses.state_dict(), states=self.states)
+    def state_dict(self):
+        states = [self.states.get(p, {}) for p in self.params] if self.states else None
+        return dict(losses=self.losses.state_dict(), states=states)
 
     def load_state_dict(self, saved):
         self.losses.load_state_dict(saved['losses'])
-        self.states = [{k:v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k,v in st.items()}
-                       for p,st in zip(self.params, saved['states'] or [])] or None
+        self.states = {p:{k:v.to(p.device) if isinstance(v, Tensor) and v.ndim else v for k,v in st.items()}
+                       for p,st in zip(self.params, saved['states'] or [])}
 
 # %% ../nbs/03_callback.ipynb #2fb1eae3
 def alike(a, b):
@@ -460,7 +492,7 @@ class KnowledgeDistillationCallback(Callback):
     def terms(self) -> list: # Scalars
         "The terms of the distillation loss of this batch, each with its weight among the others"
         self._compared = features = self.features()
-        trained,targ = self._trained or self._build(features),self._targ()
+        trained,targ = self._losses_for(features),self._targ()
         terms = [m(*f, *targ, losses=l) for m,f,l in zip(self.matches, features, trained.losses)]
         self._trained = trained
         return terms
@@ -502,7 +534,7 @@ class KnowledgeDistillationCallback(Callback):
         return [n if names.count(n) == 1 else f'{n} {names[:i].count(n)+1}' for i,n in enumerate(names)] if len(names) > 1 else []
 
     def save(self,
-        file, # Path to write to
+        file, # Path to write to; of several processes the first one writes, its own batch norm statistics among it
     ):
         "Save what the losses have trained, and the optimizer's state of it, for `load`"
         if rank_distrib(): return
@@ -513,12 +545,24 @@ class KnowledgeDistillationCallback(Callback):
         part.replace(file)   # whole or not at all, whenever the process dies
 
     def load(self,
-        file, # Path that `save` has written
+        file, # Path that `save` has written; of several processes each has to load it, and waits for the one that saves
     ):
         "Go on with what was saved, from the first batch of the next fit on; raises `ValueError` for another file"
+        distrib_barrier()   # the first process may still be saving
         saved = torch.load(file, map_location='cpu', weights_only=True)
         if not isinstance(saved, dict) or set(saved) != {'losses','states'}: raise ValueError(f'{file}: expected what `KnowledgeDistillationCallback.save` writes')
         self._saved,self._trained = saved,None
+
+    def _losses_for(self, features):
+        "What the losses train, made at the first batch, and again where the student's layers have changed"
+        trained = self._trained
+        if trained is None: return self._build(features)
+        if trained.suit(features, self.learn.model): return trained
+        if not rank_distrib():
+            warnings.warn('Layers of the student have other channels than before, as after pruning: what the losses train for them '
+                          'starts anew. Prune before the fit, or use a loss that trains nothing, such as `Attention`.')
+        (new := self._build(features)).keep(trained)
+        return new
 
     def _build(self, features):
         "Make what the losses train, or load it"
@@ -526,20 +570,35 @@ class KnowledgeDistillationCallback(Callback):
         with torch.random.fork_rng([device] if device.type == 'cuda' else []):   # what the student draws does not depend on what is built
             losses = nn.ModuleList(m.build(*f) for m,f in zip(self.matches, features))
         if any(isinstance(m, nn.SyncBatchNorm) for m in student.modules()): losses = nn.SyncBatchNorm.convert_sync_batchnorm(losses)
-        trained = _TrainedLosses(losses)
+        trained = _TrainedLosses(losses, features, student)
         if self._saved: trained.load_state_dict(self._saved)
-        if isinstance(student, DistributedDataParallel): trained.share(student.process_group)
+        if (group := _process_group(student)) is not None: trained.share(group)
         self._saved = None
         return trained
 
     def _targ(self):
-        "The labels; where MixUp or CutMix blends the task's losses of two, their mixture as probabilities"
+        "The labels, -100 where the task leaves one out; where MixUp or CutMix blends the losses of two, their mixture"
         if not any(getattr(m.loss, 'needs_targ', False) for m in self.matches): return ()
-        mix = next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False)), None)
-        if mix is None: return self.yb
+        mix,ignored = self._mix,self._ignored
+        def marked(y):
+            if ignored == -100 or not isinstance(y, Tensor) or y.is_floating_point(): return y
+            return (y := y.as_subclass(Tensor).long()).masked_fill(y == ignored, -100)
+        if mix is None: return [marked(y) for y in self.yb]
         n = get_logits(self.pred).shape[1]
-        def probs(y): return F.one_hot(y.as_subclass(Tensor).long(), n).movedim(-1, 1).float()
+        def probs(y):   # 0 for each class where the label is left out
+            y = marked(y).as_subclass(Tensor).long()
+            return (F.one_hot(y.where(y != -100, 0), n)*(y != -100)[...,None]).movedim(-1, 1).float()
         return [torch.lerp(a, b, mix.lam.view(-1, *[1]*(a.ndim-1))) for a,b in zip(map(probs, mix.yb1), map(probs, self.yb))]
+
+    @property
+    def _mix(self):
+        "MixUp or CutMix, where it blends the task's losses of two labels"
+        return next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and getattr(cb, 'stack_y', False)), None)
+
+    @property
+    def _ignored(self):
+        "The label that the task's loss leaves out; MixUp has put a loss of its own in that place"
+        return ignored_label(self.loss_func if (mix := self._mix) is None else mix.old_lf)
 
     def _check_labels(self):
         "Raise where a loss takes each item to have one class, or the classes along one axis, and the labels are not of this kind"
@@ -587,7 +646,7 @@ class KnowledgeDistillationCallback(Callback):
     def _classes(self, logits):
         "Rows of logits and their classes, where items have one class each and nothing blends them"
         if any(isinstance(cb, MixHandler) for cb in self.learn.cbs): return None
-        return one_class_each(logits, self.yb[0], ignored_label(self.loss_func))
+        return one_class_each(logits, self.yb[0], self._ignored)
 
     def _guessing(self):
         if self._answer is None or (found := self._classes(self._answer)) is None: return []
@@ -605,7 +664,7 @@ class KnowledgeDistillationCallback(Callback):
                 and self._answer.shape[m.loss.axis] > 1 and (h := entropy(m)) > 0.9995]
 
     def _no_labels(self):
-        if (found := one_class_each(get_logits(self.pred), self.yb[0], ignored_label(self.loss_func))) is None: return []
+        if (found := one_class_each(get_logits(self.pred), self.yb[0], self._ignored)) is None: return []
         y = found[1]
         if len(y) < 16 or (y != y[0]).any(): return []
         return [f'{m} looks at the labels, and all {len(y)} of this batch are {y[0].item()}: one for images without labels would do' for m in self.matches if getattr(m.loss, 'needs_targ', False)]
@@ -641,7 +700,7 @@ class KnowledgeDistillationCallback(Callback):
         self._join()
 
     def _join(self):
-        if isinstance(self.learn.model, DistributedDataParallel): self._trained.average_gradients(self.learn.model.process_group)
+        if (group := _process_group(self.learn.model)) is not None: self._trained.average_gradients(group)
         self._trained.join(self.learn)
 
     def after_cancel_step(self):
@@ -695,7 +754,7 @@ class KnowledgeDistillationCallback(Callback):
         try: yield
         except Exception as e:
             with torch.no_grad():
-                for b,found in self._first_buffers: b.copy_(found)
+                for b,found in self._first_buffers: b.resize_(found.shape).copy_(found)   # an observer's starts empty
             where = at and f' (epoch {self.epoch}, batch {self.iter})'
             self._undo()
             raise modify_exception(e, f'{e.args[0] if e.args else type(e).__name__}{where}', replace=True)

@@ -161,7 +161,7 @@ class _FirstBatch(Callback):
         kd,task_loss = self.kd,self.loss_grad
         self.inputs,self.concerns,self.guessing = self.xb,kd.concerns(),kd._guessing()
         features = kd.features()
-        trained,targ = kd._trained or kd._build(features),kd._targ()
+        trained,targ = kd._losses_for(features),kd._targ()
         self.rows,terms = [{'term':'task', 'loss':task_loss.item(), 'weight':1., 'gradient norm':self._norm(task_loss)}],[]
         for m,f,l in zip(kd.matches, features, trained.losses):
             pairs = zip(m.student_layers or [''], m.teacher_layers or [''], *f, m.compare(*f, *targ, losses=l))

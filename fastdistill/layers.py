@@ -12,6 +12,7 @@ from fastai.callback.hook import Hook, Hooks
 from fastai.torch_core import get_model
 from fastcore.foundation import L
 from torch import nn, Tensor
+from torch.fx import GraphModule
 
 # %% ../nbs/01_layers.ipynb #26a5eddc
 def unwrap_model(
@@ -87,6 +88,20 @@ class _FeatureHook(Hook):
 
     def clear(self): self.stored,self.output,self.found,self.calls = None,None,None,0
 
+# %% ../nbs/01_layers.ipynb #9adf1236
+def _check_called(model, names, layers, role):
+    "Raise where `torch.fx` has rewritten the model, as quantisation-aware training does, without one of the layers"
+    if not isinstance(inner := unwrap_model(model), GraphModule): return
+    called = [n.target for n in inner.graph.nodes if n.op == 'call_module']
+    modules = {m for n in called for m in inner.get_submodule(n).modules()}
+    called = [n for n in called if 'activation_post_process' not in n]   # what observes the ranges for quantisation
+    for name in (n for n,l in zip(names, layers) if l not in modules):
+        near = [n for n in called if n.startswith(f'{name}.')] or get_close_matches(name, called, n=5) or called[:20]
+        cure = f'Name one that it calls: {", ".join(near)}' if near else 'It calls none: compare predictions'
+        raise ValueError(f'Expected layers that {_describe(model, role)} calls as modules, but its graph was rewritten '
+                         f'without {name!r}. {cure}.')
+
+
 # %% ../nbs/01_layers.ipynb #5a4f208b
 class FeatureHooks(Hooks):
     "The outputs of layers `names` of `model` at its last forward pass; as a context manager, hooks are removed at the end"
@@ -97,6 +112,7 @@ class FeatureHooks(Hooks):
         with_graph:bool=False, # Raise where a layer ran without gradients?
     ):
         layers = [get_layer(model, n, role) for n in names]
+        _check_called(model, names, layers, role)
         if layers and isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
             raise ValueError(f'The layers of a {role or "model"} in `nn.DataParallel` cannot be hooked, as copies of it run on {len(model.device_ids)} GPUs. '
                              'Train in several processes instead: `with learn.distrib_ctx(): learn.fit(...)`.')

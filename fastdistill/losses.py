@@ -398,10 +398,10 @@ class Projected(nn.Module):
     "A loss on features with a trainable projector before it"
     on_features = True
     def __init__(self,
-        loss, # Loss on features of the same channels: `loss(fm_student, fm_teacher)`
+        loss, # Loss on features of the same channels: `loss(fm_student, fm_teacher)`, labels third if `needs_targ` is true
     ):
         super().__init__()
-        self.loss,self.projector = loss,None
+        self.loss,self.projector,self.needs_targ = loss,None,getattr(loss, 'needs_targ', False)
 
     def build(self,
         fm_student:Tensor, # Student's features
@@ -415,12 +415,13 @@ class Projected(nn.Module):
     def forward(self,
         fm_student:Tensor, # Student's features
         fm_teacher:Tensor, # Teacher's features, of the same kind
+        *targ:Tensor, # Labels, for a loss that needs them
     ) -> Tensor: # Scalar: the loss of the projected and the teacher's features
         "Raises `ValueError` when the kinds differ"
         if self.projector is None: raise ValueError('Expected a loss with a projector: `build(student, teacher)` makes one')
         _check_features(fm_student, fm_teacher, 2, 3, 4)
         s,t = _same_positions(fm_student, fm_teacher)
-        return self.loss(self.projector(s), t)
+        return self.loss(self.projector(s), t, *targ)
 
     def __repr__(self): return f'Projected({self.loss!r})'
 

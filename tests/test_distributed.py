@@ -39,7 +39,7 @@ def two(tmp_path_factory):
 @pytest.mark.parametrize('name', distributed_run.scenarios)
 def test_gradients_are_those_of_the_joined_batch(two, name, tmp_path):
     "Student's and projectors', step by step, and so are the weights in the end, and what is logged"
-    ranks,saved = two[0][name],two[2]/'kd_plain_0.pth'
+    ranks,saved = two[0][name],two[2]/'kd_plain.pth'
     if name != 'loaded':
         saved = tmp_path/'start.pth'
         torch.save(dict(losses=ranks[0]['start'], states=None), saved)
@@ -61,17 +61,23 @@ def test_projectors_stay_the_same_in_all_processes(two):
 
 def test_all_processes_load(two):
     "What the first one has saved"
-    saved = torch.load(two[2]/'kd_plain_0.pth')['losses']
+    saved = torch.load(two[2]/'kd_plain.pth')['losses']
     for r in two[0]['loaded']: assert r['start'].keys() == saved.keys() and all(torch.equal(r['start'][n], saved[n]) for n in saved)
 
-def test_hooks_are_on_the_inner_module(two):
+def test_processes_wait_for_the_one_that_saves(two):
+    "What each loads right after is what the first one has trained"
     for ranks in two[0].values():
-        for r in ranks: assert r['hooks'] == {('DistributedDataParallel',3)} and r['hooks_left'] == 0 and r['plain']
+        for r in ranks: assert r['loaded'].keys() == ranks[0]['projectors'].keys() and all(torch.equal(v, ranks[0]['projectors'][k]) for k,v in r['loaded'].items())
+
+def test_hooks_are_on_the_inner_module(two):
+    for name,ranks in two[0].items():
+        wrapper = 'OptimizedModule' if name == 'compiled' else 'DistributedDataParallel'
+        for r in ranks: assert r['hooks'] == {(wrapper,3)} and r['hooks_left'] == 0 and r['plain']
 
 def test_the_first_process_speaks_and_writes(two):
     _,printed,out = two
     assert len(rows(printed)) == 2*len(distributed_run.scenarios) and all(len(r.split(',')) == 7 for r in rows(printed))
-    assert {f.name for f in out.glob('kd_*')} == {f'kd_{n}_0.pth' for n in distributed_run.scenarios}
+    assert {f.name for f in out.glob('kd_*')} == {f'kd_{n}.pth' for n in distributed_run.scenarios}
     for a,b in two[0].values(): assert a['names'] == b['names'] == ['epoch','train_loss','valid_loss','accuracy','task_loss','kd_loss','time']
 
 def test_two_nodes(two, tmp_path):
@@ -81,7 +87,7 @@ def test_two_nodes(two, tmp_path):
     try: assert [len(rows(finish(n))) for n in nodes] == [2,0]
     finally:
         for n in nodes: n.terminate()     # where the other one failed
-    assert [f.name for f in tmp_path.glob('kd_*')] == ['kd_plain_0.pth']
+    assert [f.name for f in tmp_path.glob('kd_*')] == ['kd_plain.pth']
     for r in (0,1):
         node = torch.load(tmp_path/f'plain_{r}.pth')
         for k in ('student','projectors'): close(node[k].values(), two[0]['plain'][r][k].values())

@@ -95,6 +95,74 @@ def test_warm_up(teacher):
         learner(cbs=[kd,Weights()]).fit(4)
         assert [w for w,_ in got] == pytest.approx([0,1/3,2/3] + [1]*9) and {tw for _,tw in got} == {1.}
 
+# --- labels that the task leaves out ---
+
+def ignoring_data(ignored):
+    "Every third item has the label that is left out"
+    items = [(x, torch.tensor(ignored) if i%3==0 else y) for i,(x,y) in enumerate(data().train_ds)]
+    return loaders(items, items[:16], 8)
+
+@pytest.mark.parametrize('ignored', [-100, -1, 255, 1])
+@pytest.mark.parametrize('name', losses)
+def test_ignored_labels(teacher, name, ignored):
+    "Losses that need labels leave out what the task's loss leaves out: the mean over the other items"
+    loss,formula = losses[name]
+    for b in seen(teacher, loss, ignoring_data(ignored), loss_func=CrossEntropyLossFlat(ignore_index=ignored)):
+        used = b['y'].numpy() != ignored
+        assert 0 < used.sum() < 8
+        assert b['kd_loss'] == pytest.approx(formula(b['s'][used], b['t'][used], b['y'].numpy()[used]), rel=1e-4)
+
+class ForBytes:
+    "A task's loss that takes labels in bytes"
+    def __init__(self, loss): self.loss,self.ignore_index = loss,loss.ignore_index
+    def __call__(self, pred, y): return self.loss(pred, y.long())
+
+@pytest.mark.parametrize('ignored', [-100, 255])
+def test_ignored_labels_of_pixels(ignored):
+    "A map of labels in bytes, as masks have it"
+    def pixels(w): return nn.Sequential(nn.Conv2d(2, w, 3, padding=1), nn.Conv2d(w, 3, 1))
+    def mask(x): return torch.where(x[0] > 1, ignored, (x[1] > 0).long()).to(torch.uint8 if ignored == 255 else torch.int64)
+    items = [(x, mask(x)) for x,_ in data().train_ds]
+    task = ForBytes(nn.CrossEntropyLoss(ignore_index=ignored))
+    for b in seen(pixels(9), DecoupledKD(T=3), loaders(items, items[:16], 8), pixels(4), task):
+        rows = [b[k].transpose(0,2,3,1).reshape(-1,3) for k in 'st']
+        y = b['y'].long().flatten().numpy()
+        used = y != ignored
+        assert b['kd_loss'] == pytest.approx(decoupled_kd(*[r[used] for r in rows], y[used], 3, 1, 8), rel=1e-4)
+
+@pytest.mark.parametrize('ignored', [-100, 255])
+@pytest.mark.parametrize('mix', [MixUp(0.7), CutMix()])
+@pytest.mark.parametrize('name', losses)
+def test_ignored_labels_under_mixup(teacher, name, mix, ignored):
+    "As the task's: an item whose label is left out adds nothing to the mean over all"
+    loss,formula = losses[name]
+    task = CrossEntropyLossFlat(ignore_index=ignored)
+    for b in seen(teacher, loss, ignoring_data(ignored), loss_func=task, cbs=[mix]):
+        s,t,(y1,lam),y = b['s'],b['t'],b['mix'],b['y']
+        lam = lam.expand(len(y)).numpy()
+        def of(f, i, c): return 0. if c == ignored else f(i, c)
+        def mixture(f): return np.mean([(1-w)*of(f, i, y1[i]) + w*of(f, i, y[i]) for i,w in enumerate(lam)])
+        def kd_loss(i, c): return formula(s[i:i+1], t[i:i+1], np.array([c]))
+        def task_loss(i, c): return F.cross_entropy(torch.tensor(s[i]), torch.as_tensor(c)).item()
+        for k,f in dict(kd_loss=kd_loss, task_loss=task_loss).items(): assert b[k] == pytest.approx(mixture(f), rel=1e-4)
+
+def test_a_loss_of_ones_own_gets_100_for_ignored_labels(teacher):
+    got = []
+    def loss(s, t, y): got.append(y); return F.cross_entropy(s, y)
+    loss.needs_targ = True
+    for b,y in zip(seen(teacher, loss, ignoring_data(255), loss_func=CrossEntropyLossFlat(ignore_index=255)), got):
+        assert torch.equal(y == -100, b['y'] == 255) and b['kd_loss'] == pytest.approx(b['task_loss'], rel=1e-4)
+
+def test_a_loss_on_features_may_need_labels_behind_a_projector(teacher):
+    got,labels = [],[]
+    def loss(s, t, y):
+        got.append((s.shape, t.shape, y))
+        return (s-t)[y==1].square().sum()
+    loss.needs_targ = True
+    keep = Callback(before_backward=lambda self: labels.append(self.y))
+    learner(cbs=[keep, KD(teacher, Match(loss, '1', '1', projector=True))]).fit(1)
+    for (s,t,y),want in zip(got, labels, strict=True): assert s == t == (8,16,2,2) and torch.equal(y, want)
+
 # --- several labels, values ---
 
 def multi_data():

@@ -1,5 +1,5 @@
 "Losses that train: their parameters in the learner's optimizer, followed by a plain PyTorch loop; what is saved, and what is not."
-import pickle
+import importlib.util, pickle
 from copy import deepcopy
 from functools import partial
 import pytest, torch
@@ -8,6 +8,7 @@ from fastai.basics import Adam, Callback, CancelStepException, OptimWrapper, SGD
 from fastai.callback.all import GradientAccumulation, GradientClip, SaveModelCallback
 from torch import nn
 from conftest import data, learner, n_hooks, net, same_state, state
+from fastdistill import callback
 from fastdistill.all import *
 from test_callback import exportable
 
@@ -235,9 +236,40 @@ def test_bad_input(teacher, make, ex, msg):
     with pytest.raises(ex, match=f'(?s){msg}'): learn.fit(1, cbs=make(teacher))
     assert same_state(learn.model, before) and n_hooks(learn.model, teacher) == 0
 
+def test_features_that_change_under_the_same_student_are_an_error(teacher):
+    "A projector that was made for other channels is not made anew for each batch"
+    class Varying(nn.Module):
+        n = 4
+        def forward(self, x):
+            self.n -= 1
+            return x[:,:self.n]
+    student = net()
+    student.add_module('5', nn.Sequential(seen := Varying()))
+    student.forward = lambda x: (seen(student[0](x)), student[4](student[3](student[2](student[1](student[0](x))))))[1]
+    with pytest.raises(RuntimeError, match=r"layers '5.0' and '0', student \(8, 2, 4, 4\).*to have 3 channels"):
+        learner(student).fit(1, cbs=KD(teacher, FitNet, '5.0', '0'))
+
 def test_projectors_are_float32_whatever_the_features():
     m = Match(FitNet, 'a', 'b')
     s,t = torch.randn(2, 3, 4, 4).half(),torch.randn(2, 5, 4, 4).half()
     losses = m.build([s], [t])
     assert {p.dtype for p in losses.parameters()} == {torch.float32}
     with torch.autocast('cpu', dtype=torch.bfloat16): assert m([s], [t], losses=losses).dtype == torch.float32
+
+# --- a Match is no loss ---
+
+def loaded_anew():
+    "The module of the callback a second time, as a reload makes it"
+    spec = importlib.util.spec_from_file_location(callback.__name__, callback.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+def test_a_match_in_a_match_is_refused():
+    with pytest.raises(TypeError, match='got a Match of mse_loss. Give a Match its layers and its weight in one call'):
+        Match(Match(F.mse_loss, '3', '3'), weight=2)
+
+def test_a_match_from_before_a_reload_is_refused(teacher):
+    for m in (Match(F.mse_loss, '0', '0'), type('Mine', (Match,), {})(F.mse_loss, '0', '0')):
+        with pytest.raises(TypeError, match='before fastdistill was reloaded has to be made again'):
+            loaded_anew().KnowledgeDistillationCallback(teacher, m)
