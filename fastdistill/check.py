@@ -7,7 +7,7 @@ __all__ = ['untouched', 'layer_shapes', 'LayerPairs', 'match_layers', 'TeacherMo
            'DistillCheck', 'WeightSearch']
 
 # %% ../nbs/04_check.ipynb #798e09f3
-import itertools, math, random, time
+import itertools, math, random, re, time
 from contextlib import contextmanager
 from copy import deepcopy
 from html import escape
@@ -232,7 +232,14 @@ class _Right(Metric):
     @property
     def value(self): return self.k,self.n,self.c
 
-def _better(name, a, b): return a < b if 'loss' in name or 'error' in name else a > b     # as fastai's TrackerCallback takes it
+# words in the names of fastai's metrics; scikit-learn ends its own in `_score` where more is better, in `_loss` and `_error` where less is
+_less_is_better = {'loss','error','mae','mse','rmse','msle','rmspe','perplexity'}
+_more_is_better = {'score','accuracy','acc','dice','jaccard','corrcoef','pearsonr','spearmanr','bleu'}
+
+def _comp(name):
+    "`np.less` where less of a metric with this name is better, `np.greater` where more is, `None` where the name does not tell"
+    words = set(re.split(r'[\W_]+', name.lower()))
+    return np.less if words & _less_is_better else np.greater if words & _more_is_better else None
 
 # %% ../nbs/04_check.ipynb #d43dff75
 class DistillCheck:
@@ -268,6 +275,7 @@ def distill_check(self:Learner,
     kd:KnowledgeDistillationCallback=None, # The callback that a fit would get; the one on the learner by default
     dl=None, # Where to compare teacher and student by the learner's metrics; `dls.valid` by default
     n:int=10, # Forward passes to time
+    comp=None, # For metrics whose names do not tell: `np.less` where less is better, `np.greater` where more is
 ) -> DistillCheck: # Shows itself as tables
     "Look at teacher, data, layers and weights before a fit, on one batch; nothing is trained, nothing changed. Raises what the fit would raise"
     if kd is None: kd = next((cb for cb in self.cbs if isinstance(cb, KnowledgeDistillationCallback)), None)
@@ -283,7 +291,7 @@ def distill_check(self:Learner,
     columns = ['term','student layer','shape','teacher layer','shape ','adapted','loss','weight','weighted loss','gradient norm']
     terms = terms.reindex(columns=columns).fillna({c:'' for c in columns[1:6]})
     if no_better_than_chance(0, *right[1:]): first.concerns = [c for c in first.concerns if c not in first.guessing]     # the validation set can tell, and better
-    found = first.concerns + _of_models(models, right) + _of_depths(self, kd, first.inputs) + _of_weights(kd, w, tw, *first.norms)
+    found = first.concerns + _of_models(models, right, comp) + _of_depths(self, kd, first.inputs) + _of_weights(kd, w, tw, *first.norms)
     return DistillCheck(models, _compare_data(teacher.data, describe_data(self.dls)), terms, found)
 
 # %% ../nbs/04_check.ipynb #e232dbf9
@@ -324,16 +332,18 @@ def _compare_data(teacher, student):
     same = ['not known' if k not in teacher or k not in student else 'yes' if alike(teacher[k], student[k]) else 'no' for k in keys]
     return pd.DataFrame(dict(teacher=[brief(teacher.get(k)) for k in keys], student=[brief(student.get(k)) for k in keys], same=same), index=keys)
 
-def _of_models(models, right):
+def _of_models(models, right, comp=None):
     "Concerns about the teacher on the validation set"
     k,n,c = right
     if no_better_than_chance(k, n, c): return [f'On the validation set the teacher names the class of {k} items of {n}, no more than guessing would: are its classes in another order, or does it expect '
                                                      'other inputs, which `Teacher(model, input_tfm=...)` can make?']
     if 'valid_loss' not in models or models.isna().loc['teacher','valid_loss']: return []
-    names = list(models.columns[models.columns.get_loc('valid_loss')+1:]) or ['valid_loss']     # the metrics decide, if there are any
+    metrics = models.columns[models.columns.get_loc('valid_loss')+1:]
+    better = {m:c for m in metrics if (c := _comp(m) or comp)} or {'valid_loss':np.less}     # the metrics decide, if they can
     t,s = models.loc['teacher'],models.loc['student']
-    if not all(_better(m, s[m], t[m]) for m in names): return []
-    return [f'The student is better than the teacher already ({", ".join(f"{m} {s[m]:.4g} against {t[m]:.4g}" for m in names)}): there may be little to learn from it']
+    if not all(c(s[m], t[m]) for m,c in better.items()): return []
+    shown = ', '.join(f'{m} {s[m]:.4g} against {t[m]:.4g}' for m in better)
+    return [f'The student is better than the teacher already ({shown}): there may be little to learn from it']
 
 def _of_depths(learn, kd, xb):
     "Concerns about pairs of layers that lie far apart"
@@ -359,7 +369,7 @@ def _of_weights(kd, w, tw, task, distill, most=30):
 # %% ../nbs/04_check.ipynb #68679a1f
 class WeightSearch:
     "What `weight_finder` has found: `table`, a row for each fit, and `suggestion`, the best weight and temperature by `monitor`"
-    def __init__(self, table, monitor): self.table,self.monitor = table,monitor
+    def __init__(self, table, monitor, comp=None): self.table,self.monitor,self.comp = table,monitor,comp or _comp(monitor)
 
     @property
     def means(self): # DataFrame
@@ -371,7 +381,7 @@ class WeightSearch:
     def suggestion(self): # Dictionary
         "The best weight, and the best temperature if several were tried"
         best = self.means.reset_index(drop=True)
-        row = best.loc[best['mean'].idxmin() if 'loss' in self.monitor or 'error' in self.monitor else best['mean'].idxmax()]
+        row = best.loc[best['mean'].idxmin() if self.comp(0, 1) else best['mean'].idxmax()]
         return {k:float(row[k]) for k in ('weight','T') if k in row and not math.isnan(row[k])}
 
     def plot(self,
@@ -406,7 +416,8 @@ def weight_finder(self:Learner,
     n_epoch:int=1, # Epochs of `fit_one_cycle` for each
     lr:float=None, # Its maximum learning rate, the learner's by default
     seeds:int=1, # Fits of each value, with seeds 0, 1, ...
-    monitor:str=None, # Column to compare; the first metric by default, or `valid_loss` where there is none
+    monitor:str=None, # Column to compare; by default the first metric that can be judged, or `valid_loss` where there is none
+    comp=None, # `np.less` where less of `monitor` is better, `np.greater` where more is; by default its name tells
 ) -> WeightSearch: # Shows itself as a table, with a suggestion
     "Try weights, and temperatures, in short fits of the learner, which is left as it was"
     attached = [cb for cb in self.cbs if isinstance(cb, KnowledgeDistillationCallback)]
@@ -414,9 +425,11 @@ def weight_finder(self:Learner,
     kd = kd or attached[0]
     has_T = any(hasattr(m.loss, 'T') for m in kd.matches)
     if temperatures and not has_T: raise ValueError(f'{", ".join(map(str, kd.matches))}: no temperature to try')
-    monitor = monitor or next(iter(self.metrics.attrgot('name')), 'valid_loss')
-    known = ['train_loss','valid_loss',*self.metrics.attrgot('name')]
+    metrics = self.metrics.attrgot('name')
+    monitor = monitor or next((m for m in metrics if comp or _comp(m)), 'valid_loss')
+    known = ['train_loss','valid_loss',*metrics]
     if monitor not in known: raise ValueError(f'Expected monitor to be one of {", ".join(known)}, but got {monitor!r}')
+    if not (comp or _comp(monitor)): raise ValueError(f'Expected comp=np.less or comp=np.greater: the name {monitor!r} does not tell whether less of it is better or more')
     tried = [(0., None)] + [(float(w), T) for T in temperatures or [None] for w in weights if w]
     trials,rows = [(w, T, s) for w,T in tried for s in range(seeds)],[]
     for w,T,s in progress_bar(trials, leave=False):
@@ -425,7 +438,7 @@ def weight_finder(self:Learner,
             for dl in getattr(self.dls, 'loaders', []): dl.rng = random.Random(s)     # which shuffles
             self.fit_one_cycle(n_epoch, lr, cbs=_with(kd, w, T))
             rows.append({'weight':w, **({'T':T} if temperatures else {}), 'seed':s, **dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))})
-    return WeightSearch(pd.DataFrame(rows), monitor)
+    return WeightSearch(pd.DataFrame(rows), monitor, comp)
 
 def _with(kd, weight, T):
     "The same callback with another weight and temperature; without weight the task has its own"

@@ -295,6 +295,54 @@ def test_weight_finder_suggests_the_best(trained):
     assert alone.suggestion == dict(weight=0) and 'No weight is better' in repr(alone) and '2 seeds' in alone._repr_html_()
     assert len(search('accuracy', *rows).plot().lines) == 2*2+1
 
+def test_less_is_better_for_some_metrics():
+    "Each of fastai's metrics is judged the right way; where a name does not tell, `valid_loss` decides or the user says"
+    from fastai import metrics as M
+    from fastdistill.check import WeightSearch, _of_models
+    less = {'_rmse','_exp_rmspe','perplexity','error_rate','brier_score_loss','hamming_loss','mse','mae','msle'}
+    made = [M.rmse, M.exp_rmspe, M.Perplexity(), M.accuracy, M.error_rate, M.top_k_accuracy, M.BrierScore(), M.F1Score(), M.HammingLoss(), M.RocAuc(), M.MatthewsCorrCoef(), M.mse, M.mae,
+            M.msle, M.ExplainedVariance(), M.R2Score(), M.PearsonCorrCoef(), M.SpearmanCorrCoef(), M.foreground_acc, M.Dice(), M.DiceMulti(), M.JaccardCoeff(), M.CorpusBLEUMetric()]
+    names = Learner(data(), net(), loss_func=F.cross_entropy, metrics=made).metrics.attrgot('name')
+    assert less <= set(names) and len(names) == 23
+    for name in names:
+        found = WeightSearch(pd.DataFrame({'weight':[0.,.3,.6], 'seed':0, name:[2.,1.,3.]}), name)
+        assert found.suggestion == dict(weight=.3 if name in less else .6), name
+        def check(teacher, student): return _of_models(pd.DataFrame({'valid_loss':[1.,1.], name:[teacher,student]}, index=['teacher','student']), (0,0,0))
+        assert bool(check(2., 1.)) == (name in less) == (not check(1., 2.)), name
+
+def regression():
+    "A sound teacher of a sum, data, and a metric: the mean absolute error under a name"
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    items = list(zip(x, x.sum(1, keepdim=True)))
+    teacher = nn.Linear(4, 1, bias=False)
+    nn.init.ones_(teacher.weight)
+    def student(metric): return Learner(loaders(items, items, 16), nn.Linear(4, 1), loss_func=nn.MSELoss(), metrics=metric)
+    return teacher,student
+
+def deviation(pred, y): return (pred - y).abs().mean()
+
+@pytest.mark.parametrize('metric,kw,monitor', [('mae', {}, 'mae'), ('rmse', {}, '_rmse'), (deviation, {}, 'valid_loss'), (deviation, dict(comp=np.less), 'deviation')])
+def test_metrics_where_less_is_better(metric, kw, monitor):
+    from fastai import metrics as M
+    teacher,student = regression()
+    learn,kd = student(getattr(M, metric) if isinstance(metric, str) else metric),KnowledgeDistillationCallback(teacher, nn.MSELoss())
+    with learn.no_bar():
+        assert not any('better than the teacher' in w for w in learn.distill_check(kd, n=1, **kw).warnings)
+        found = learn.weight_finder(kd, weights=[0.5,1.], lr=0.1, **kw)
+    assert found.monitor == monitor
+    assert found.suggestion['weight'] == found.table.weight[found.table[monitor].argmin()]
+    if not kw and callable(metric):
+        with pytest.raises(ValueError, match="comp=np.less or comp=np.greater: the name 'deviation'"): learn.weight_finder(kd, monitor='deviation')
+
+def test_comp_says_which_student_is_better():
+    teacher,student = regression()
+    learn,kd = student(deviation),KnowledgeDistillationCallback(nn.Linear(4, 1), nn.MSELoss())
+    nn.init.ones_(learn.model.weight), nn.init.zeros_(learn.model.bias)
+    with learn.no_bar():
+        assert any('valid_loss' in w for w in learn.distill_check(kd, n=1).warnings)
+        assert any('better than the teacher already (deviation' in w for w in learn.distill_check(kd, n=1, comp=np.less).warnings)
+        assert not any('better than the teacher' in w for w in learn.distill_check(kd, n=1, comp=np.greater).warnings)
+
 def test_weight_finder_mistakes(trained):
     learn,kd = new(trained),KnowledgeDistillationCallback(trained, Logits)
     with pytest.raises(ValueError, match='no temperature'): learn.weight_finder(kd, temperatures=[2])
