@@ -8,18 +8,21 @@ __all__ = ['untouched', 'layer_shapes', 'LayerPairs', 'match_layers', 'TeacherMo
 
 # %% ../nbs/04_check.ipynb #798e09f3
 import itertools, math, random, re, time
+from collections.abc import Mapping
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from html import escape
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.rnn import ModelResetter
 from fastai.callback.schedule import *     # gives Learner its fit_one_cycle
 from fastai.learner import Learner, Metric
 from fastai.torch_core import no_random, one_param, set_seed, to_device
 from fastcore.basics import patch
+from fastcore.xtras import is_listy
 from fastprogress.fastprogress import progress_bar
 from torch import nn, Tensor
 from .callback import KnowledgeDistillationCallback, alike, no_better_than_chance
@@ -74,7 +77,7 @@ def layer_shapes(
         while isinstance(out, (tuple,list)) and len(out): out = out[0]
         if isinstance(out, Tensor) and out.ndim > 1: rows.append(dict(layer=name, kind=type(m).__name__, shape=tuple(out.shape), depth=n_leaves, block=block))
     modes = [(m, m.training) for m in model.modules()]
-    xb = to_device(_inputs(x), getattr(one_param(model), 'device', None))
+    xb = _inputs(x) if (p := one_param(model)) is None else to_device(_inputs(x), p.device)
     try:
         for n,m in model.named_modules():
             if n: hooks.append(m.register_forward_hook(lambda m, _, out, n=n: look(m, n, out)))
@@ -222,6 +225,32 @@ def model_size(
     return dict(parameters=sum(p.numel() for p in model.parameters()), MB=sum(t.numel()*t.element_size() for t in itertools.chain(model.parameters(), model.buffers()))/1e6)
 
 # %% ../nbs/04_check.ipynb #e59b34f7
+class _TeacherAnswers(Callback):
+    "Put the teacher's answers in the place of the student's predictions, before other callbacks look at them"
+    order = -100
+    def __init__(self, teacher): self.teacher = teacher
+
+    def start(self, learn): self.teacher.start(one_param(learn.model).device, reset=any(isinstance(cb, ModelResetter) for cb in learn.cbs))
+
+    def before_validate(self): self.start(self.learn)     # once more: a recurrent model that was timed has a hidden state
+
+    def after_pred(self):
+        found = []
+        hook = self.teacher.model.register_forward_hook(lambda m, _, out: found.append(out))
+        try: logits = self.teacher(*self.xb)
+        finally: hook.remove()
+        self.learn.pred = _in_form(self.pred, logits, *found)
+
+def _in_form(pred, logits, out=None):
+    "The teacher's answer in the form of the student's `pred`: `out`, all that it returned, if that has this form; else the logits, and `None` for other parts"
+    if isinstance(pred, Tensor): return logits
+    if type(out) is type(pred) and (not is_listy(pred) or len(out) == len(pred)): return out
+    if isinstance(pred, Mapping): return type(pred)(logits=logits)
+    if is_listy(pred): return type(pred)([_in_form(pred[0], logits), *[None]*(len(pred)-1)])
+    pred = copy(pred)
+    pred.logits = logits
+    return pred
+
 class _Right(Metric):
     "How many items of one class each are named right, and of how many"
     def reset(self): self.k,self.n,self.c = 0,0,0
@@ -303,25 +332,24 @@ def _largest(kd):
     return w,1-w if tw is None else tw
 
 def _compare_models(learn, teacher, xb, dl, n):
-    "Table of size, time and metrics of both; what share of the items the teacher names right"
-    rows,right = dict(teacher={}, student={}),(0,0,0)
-    with untouched(learn), learn.no_bar(), learn.removed_cbs([cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)]):
-        student,metrics = learn.model,learn.metrics
-        learn.model.eval()
-        rows['student'].update(model_size(student), **{'ms for a batch':np.median(time_forward(student, xb, n))})
-        names = ['valid_loss',*metrics.attrgot('name')]
-        if len(dl or learn.dls.valid): rows['student'].update(zip(names, learn.validate(dl=dl)))
+    "Table of size, time and metrics of both; how many items of one class each the teacher names right, of how many, and the number of classes"
+    dl,rows,right = learn.dls.valid if dl is None else dl,dict(teacher={}, student={}),(0,0,0)
+    def measure(model, call): return {**model_size(model), 'ms for a batch':np.median(time_forward(call, xb, n))}
+    kds = [cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)]
+    with untouched(learn), learn.no_bar(), learn.removed_cbs(kds):
+        names = ['valid_loss',*learn.metrics.attrgot('name')]
+        rows['student'] = measure(learn.model, learn.model.eval())
+        if len(dl): rows['student'].update(zip(names, learn.validate(dl=dl)))
         if not teacher.live: return pd.DataFrame(rows).T,right
-        teacher.start(one_param(student).device)
+        answers = _TeacherAnswers(teacher)
+        answers.start(learn)
         try:
-            rows['teacher'].update(model_size(teacher.model), **{'ms for a batch':np.median(time_forward(teacher, xb, n))})
-            learn.model,learn.metrics = TeacherModule(teacher),metrics + [_Right()]
-            if len(dl or learn.dls.valid):
-                *values,right = learn.validate(dl=dl)
+            rows['teacher'] = measure(teacher.model, teacher)
+            learn.metrics = learn.metrics + [_Right()]
+            if len(dl):
+                *values,right = learn.validate(dl=dl, cbs=answers)
                 rows['teacher'].update(zip(names, values))
-        finally:
-            learn.model = student
-            teacher.stop()
+        finally: teacher.stop()
     table = pd.DataFrame(rows).T
     table.loc['teacher / student'] = (table.loc['teacher']/table.loc['student']).where(table.columns.isin(['parameters','MB','ms for a batch']))
     return table,right
