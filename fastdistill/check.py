@@ -9,7 +9,7 @@ __all__ = ['untouched', 'layer_shapes', 'LayerPairs', 'match_layers', 'TeacherMo
 # %% ../nbs/04_check.ipynb #798e09f3
 import itertools, math, random, re, time
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy, deepcopy
 from html import escape
 import matplotlib.pyplot as plt
@@ -63,21 +63,18 @@ def untouched(
 # %% ../nbs/04_check.ipynb #b739b6a8
 def _inputs(x): return tuple(x) if isinstance(x, (list,tuple)) else (x,)
 
-def layer_shapes(
-    model:nn.Module, # Any model, wrapped or not
-    x, # Inputs of a batch: a tensor, or a tuple of several
-) -> pd.DataFrame: # For each layer that returned a tensor: layer, kind (its class), shape, depth (share of the layers without parts that had run when it ended), block (has parts)
-    "What each layer returns, and how deep it lies, in the order in which they end; the model is left as it was"
-    model,rows,hooks = unwrap_model(model),[],[]
-    n_leaves = 0
+def _outputs(model, xb, rows):
+    "Append a row to `rows` for each layer that returns a tensor; raises what the model raises"
+    model,hooks,n_leaves = unwrap_model(model),[],0
     def look(m, name, out):
         nonlocal n_leaves
         block = any(True for _ in m.children())
         n_leaves += not block
         while isinstance(out, (tuple,list)) and len(out): out = out[0]
-        if isinstance(out, Tensor) and out.ndim > 1: rows.append(dict(layer=name, kind=type(m).__name__, shape=tuple(out.shape), depth=n_leaves, block=block))
+        if not isinstance(out, Tensor) or out.ndim < 2: return
+        rows.append(dict(layer=name, kind=type(m).__name__, shape=tuple(out.shape), depth=n_leaves, block=block))
     modes = [(m, m.training) for m in model.modules()]
-    xb = _inputs(x) if (p := one_param(model)) is None else to_device(_inputs(x), p.device)
+    if (p := one_param(model)) is not None: xb = to_device(xb, p.device)
     try:
         for n,m in model.named_modules():
             if n: hooks.append(m.register_forward_hook(lambda m, _, out, n=n: look(m, n, out)))
@@ -85,17 +82,41 @@ def layer_shapes(
     finally:
         for h in hooks: h.remove()
         for m,training in modes: m.training = training
+    return n_leaves
+
+def layer_shapes(
+    model:nn.Module, # Any model, wrapped or not
+    x, # Inputs of a batch: a tensor, or a tuple of several
+) -> pd.DataFrame: # For each layer that returned a tensor: layer, kind (its class), shape, depth (share of the layers without parts that had run when it ended), block (has parts)
+    "What each layer returns, and how deep it lies, in the order in which they end; the model is left as it was"
+    rows = []
+    n_leaves = _outputs(model, _inputs(x), rows)
     table = pd.DataFrame(rows, columns=['layer','kind','shape','depth','block']).drop_duplicates('layer', keep='last', ignore_index=True)
     return table.assign(depth=table.depth/max(1, n_leaves))
 
+def _axes_of_width(model, xb, shapes):
+    "For each layer that returns four axes those that become shorter with narrower images: {3} for (B, C, H, W), {2} for (B, H, W, C), none where that cannot be told"
+    whole = {r.layer:r.shape for r in shapes.itertuples() if len(r.shape) == 4}
+    found = {n:set() for n in whole}
+    if not whole or not any(isinstance(x, Tensor) and x.ndim == 4 for x in xb): return found
+    def narrow(x, share): return x[:1,...,:int(share*x.shape[-1])] if x.ndim == 4 else x[:1]
+    for share in (0.5, 0.75):
+        rows = []
+        with suppress(Exception):   # of a model for one size only; the layers that ran before count
+            _outputs(model, [narrow(x, share) if isinstance(x, Tensor) else x for x in xb], rows)
+        for r in rows:
+            if r['layer'] in whole and len(r['shape']) == 4:
+                found[r['layer']] |= {i for i in (1,2,3) if r['shape'][i] != whole[r['layer']][i]}
+    return found
+
 # %% ../nbs/04_check.ipynb #cbe50dbc
 class LayerPairs:
-    "Pairs of layers, as `match_layers` proposes them: `table` shows them, unpacking gives the names of the student's and of the teacher's"
-    def __init__(self, table): self.table = table
+    "Pairs of layers, as `match_layers` proposes them: `table` shows them, `notes` say what was left out, unpacking gives the names of the student's and of the teacher's"
+    def __init__(self, table, notes=()): self.table,self.notes = table,list(notes)
     def __iter__(self): return iter((self.student_layers, self.teacher_layers))
     def __len__(self): return 2     # as it unpacks
-    def __repr__(self): return self.table.to_string(index=False, float_format='{:.2f}'.format)
-    def _repr_html_(self): return self.table.to_html(index=False, float_format='{:.2f}'.format)
+    def __repr__(self): return '\n'.join([self.table.to_string(index=False, float_format='{:.2f}'.format), *self.notes])
+    def _repr_html_(self): return self.table.to_html(index=False, float_format='{:.2f}'.format) + ''.join(f'<p>{escape(n)}</p>' for n in self.notes)
     @property
     def student_layers(self): return self.table['student layer'].tolist()
     @property
@@ -104,6 +125,19 @@ class LayerPairs:
 def _with_parents(shapes):
     "All but the output, with the name of the block that each is part of"
     return shapes.iloc[:-1].assign(parent=shapes.layer.map(lambda n: n.rpartition('.')[0]))
+
+def _comparable(model, xb, who):
+    "The layers that losses on features can compare, and texts on the maps that are left out as they are not (B, C, H, W), each with whether blocks are among them"
+    shapes = _with_parents(layer_shapes(model, xb))
+    axes = _axes_of_width(model, xb, shapes)
+    kept,notes = shapes[[axes.get(n, {3}) == {3} for n in shapes.layer]],[]
+    left = [r for r in shapes.itertuples() if axes.get(r.layer, {3}) != {3} and math.prod(r.shape[2:]) > 1]
+    for is_last,why in ((True,  'return (B, H, W, C), which losses on features would take for (B, C, H, W)'),
+                        (False, 'return four axes, and which are height and width cannot be told: they do not change as the width of the images does')):
+        found = [r for r in left if (axes[r.layer] == {2}) == is_last]
+        blocks = [r for r in found if r.block]
+        if found: notes.append((f'{len(found)} layers of the {who}, {(blocks or found)[0].layer!r} among them, are left out: they {why}.', bool(blocks)))
+    return kept,notes
 
 def _stages(shapes):
     "Of the block whose parts shrink the image the most often, the last part at each resolution; none where no image shrinks"
@@ -116,7 +150,8 @@ def _stages(shapes):
 
 def _repeated(shapes):
     "The parts of one block that are of the same kind, where they are most: the layers of a transformer or of a perceptron"
-    groups = [g for _,g in shapes.assign(ndim=shapes['shape'].map(len)).groupby(['parent','kind','ndim'], sort=False)]
+    shapes = shapes.assign(ndim=shapes['shape'].map(len))
+    groups = [g for (*_,ndim),g in shapes.groupby(['parent','kind','ndim'], sort=False) if len(g) > 1 or g.block.iloc[0] and ndim != 4]
     return max(groups, key=lambda g: (len(g) > 1 and g.block.iloc[0], len(g)), default=shapes[:0])
 
 def _others(shapes, row):
@@ -138,15 +173,21 @@ def match_layers(
     "Propose pairs of layers by resolution and depth, and what else is at each place; raises `ValueError` where nothing goes together"
     student,teacher = getattr(student, 'model', student),as_teacher(teacher)
     if not teacher.live: raise ValueError(f'Expected a network as the teacher, but {teacher} holds predictions only')
-    s,t = (_with_parents(layer_shapes(*o)) for o in ((student, x), (teacher.model, x if teacher.input_tfm is None else teacher.input_tfm(*_inputs(x)))))
-    pairs = _pairs(s, t) if len(s) and len(t) else []
-    if not pairs: raise ValueError('No layers of student and teacher go together: they have no resolution in common, and no blocks that repeat')
+    xb = _inputs(x)
+    xb_t = xb if teacher.input_tfm is None else _inputs(teacher.input_tfm(*xb))
+    (s,notes_s),(t,notes_t) = _comparable(student, xb, 'student'),_comparable(teacher.model, xb_t, 'teacher')
+    pairs,notes = _pairs(s, t) if len(s) and len(t) else [],notes_s + notes_t
+    if not pairs:
+        raise ValueError(' '.join(['No layers of student and teacher go together: they have no resolution in common, and no blocks that repeat '
+                                   'and return the same kind of features, maps or sequences.', *[n for n,_ in notes]]))
     row = [o.set_index('layer', drop=False).loc for o in (s,t)]
-    return LayerPairs(pd.DataFrame([_pair(row[0][a], row[1][b], s, t) for a,b in pairs]))
+    return LayerPairs(pd.DataFrame([_pair(row[0][a], row[1][b], s, t) for a,b in pairs]), [n for n,of_blocks in notes if of_blocks])
 
 def _pairs(s, t):
     both = _stages(s).merge(_stages(t), on='resolution', suffixes=('','_t'))
-    return list(zip(both.layer, both.layer_t)) or _spread(_repeated(s), _repeated(t))
+    if len(both): return list(zip(both.layer, both.layer_t))
+    s,t = _repeated(s),_repeated(t)
+    return _spread(s, t) if set(s['ndim']) == set(t['ndim']) else []
 
 def _spread(s, t):
     "As many pairs as the shorter has layers, at the same shares of the depth"

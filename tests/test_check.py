@@ -315,6 +315,59 @@ def test_match_layers_of_transformers():
     s,t = match_layers(vit(2, 8), vit(6, 16), torch.randn(1, 3, 32, 32))
     assert [n[-1] for n in s] == ['0','1'] and [n[-1] for n in t] == ['2','5']
 
+def swin(n=1):
+    from torchvision.models import SwinTransformer
+    return SwinTransformer(patch_size=[4,4], embed_dim=16, depths=[n]*3, num_heads=[1]*3, window_size=[4,4], num_classes=3)
+
+def test_maps_with_the_channels_last_are_not_paired():
+    "Swin's stages are (B, H, W, C): with 16 channels at 16×16 the shape alone would not tell"
+    from torchvision.models import resnet18
+    x,student,teacher = torch.randn(2, 3, 64, 64),resnet18(num_classes=3),swin()
+    assert layer_shapes(teacher, x).set_index('layer')['shape']['features.1'] == (2,16,16,16)
+    before = state(teacher)
+    with pytest.raises(ValueError, match=r"go together.* layers of the teacher, 'features.0' among them, are left out: they return \(B, H, W, C\)"): match_layers(student, teacher, x)
+    with pytest.raises(ValueError, match=r"layers of the student.*are left out"): match_layers(teacher, student, x)
+    with pytest.raises(ValueError, match=r"layers of the student.*layers of the teacher"): match_layers(teacher, swin(2), x)
+    assert same_state(teacher, before) and n_hooks(student, teacher) == 0 and all(m.training for m in teacher.modules())
+
+class Stages(nn.Module):
+    "Stages that halve the image; `last`: the first of them returns (B, H, W, C), which the next takes"
+    def __init__(self, width, last=False, size=None):
+        super().__init__()
+        self.convs,self.last,self.size = nn.ModuleList(nn.Sequential(nn.Conv2d(i, width, 3, 2, 1), nn.ReLU()) for i in (3,width,width)),last,size
+        if last: self.convs[0].append(Permute(0, 2, 3, 1)), self.convs[1].insert(0, Permute(0, 3, 1, 2))
+        self.fc = nn.Linear(width, 3)
+    def forward(self, x):
+        if self.size and x.shape[-1] != self.size: raise ValueError('another size')
+        for c in self.convs: x = c(x)
+        return self.fc(x.mean((2,3)))
+
+class Permute(nn.Module):
+    def __init__(self, *dims):
+        super().__init__()
+        self.dims = dims
+    def forward(self, x): return x.permute(self.dims)
+
+def test_match_layers_tells_by_evidence():
+    x = torch.randn(2, 3, 32, 32)
+    convs = [f'convs.{i}' for i in range(3)]
+    pairs = match_layers(Stages(4), Stages(16), x)
+    assert list(pairs) == [convs,convs] and not pairs.notes
+    pairs = match_layers(Stages(4), Stages(16, last=True), x)     # 16 channels at 16×16
+    assert list(pairs) == [convs[1:]]*2 and 'left out: they return (B, H, W, C)' in repr(pairs) and "'convs.0' among them" in pairs._repr_html_().replace('&#x27;', "'")
+    with pytest.raises(ValueError, match='cannot be told'): match_layers(Stages(4), Stages(16, size=32), x)
+    with pytest.raises(ValueError, match='cannot be told'): match_layers(Stages(4, size=32), Stages(16), x)
+    flat = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1), nn.Flatten(), nn.Linear(256, 3))     # for one size, which the last layer finds
+    assert list(match_layers(flat, Stages(16), x)) == [['0','1'],convs[:2]]
+
+def test_maps_are_not_paired_with_sequences():
+    from torchvision.models import VisionTransformer, resnet18
+    vit = VisionTransformer(image_size=64, patch_size=8, num_layers=2, num_heads=1, hidden_dim=8, mlp_dim=8, num_classes=3)
+    x,cnn = torch.randn(2, 3, 64, 64),resnet18(num_classes=3)
+    for s,t in ((cnn,vit),(vit,cnn)):
+        with pytest.raises(ValueError, match='the same kind of features, maps or sequences'): match_layers(s, t, x)
+    assert len(match_layers(vit, vit, x).table) == 2
+
 def test_layer_shapes_against_hooks_of_fastai():
     from fastai.callback.hook import hook_outputs
     model,x = nn.Sequential(*list(net().children())[:2]),torch.randn(2, 2, 64, 64)
