@@ -11,6 +11,7 @@ import itertools, math, random, re, time
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from copy import copy, deepcopy
+from functools import partial
 from html import escape
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,6 +23,7 @@ from fastai.callback.schedule import *     # gives Learner its fit_one_cycle
 from fastai.learner import Learner, Metric
 from fastai.torch_core import no_random, one_param, set_seed, to_device
 from fastcore.basics import patch
+from fastcore.foundation import L
 from fastcore.xtras import is_listy
 from fastprogress.fastprogress import progress_bar
 from torch import nn, Tensor
@@ -30,24 +32,35 @@ from .layers import unwrap_model
 from .teacher import Teacher, as_teacher, describe_data, get_logits
 
 # %% ../nbs/04_check.ipynb #0113bae7
+def _state_of_loader(dl):
+    "The objects that make up a loader, its lists as they are now, and for each random generator a function that puts it back"
+    objects = [o for o in (dl, *(getattr(dl, '__dict__', {}).get(k) for k in ('items','sampler','batch_sampler'))) if hasattr(o, '__dict__')]
+    values = [v for o in objects for v in vars(o).values()]
+    lists = [(v, list(v)) for v in values if isinstance(v, (list,L))]     # a loader of a language model shuffles its texts in place
+    rngs = [partial(v.setstate, v.getstate()) for v in values if isinstance(v, random.Random)]
+    return objects,lists,rngs + [partial(v.set_state, v.get_state()) for v in values if isinstance(v, torch.Generator)]
+
 @contextmanager
 def untouched(
     learn:Learner, # Any learner
+    *others, # Callbacks and loaders that it is going to use
 ):
     "Fit `learn` inside, and find it afterwards as it was: weights, buffers, gradients, modes, optimizer, recorder, loaders and random states"
     model,device = learn.model,getattr(one_param(learn.model), 'device', None)
     with torch.no_grad(): tensors = [(t, t.clone()) for t in itertools.chain(model.parameters(), model.buffers())]
     grads,modes = [(p, p.grad) for p in model.parameters()],[(m, m.training) for m in model.modules()]
-    cbs,rngs = list(learn.cbs),[(dl, dl.rng, dl.rng.getstate()) for dl in getattr(learn.dls, 'loaders', []) if isinstance(getattr(dl, 'rng', None), random.Random)]
-    found = [(o, dict(o.__dict__)) for o in (learn, *learn.cbs)]
-    smooth = [(m, dict(m.__dict__)) for cb in learn.cbs for m in (getattr(cb, 'smooth_loss', None), getattr(cb, 'loss', None)) if hasattr(m, 'reset')]
+    cbs = [*learn.cbs, *(o for o in others if isinstance(o, Callback))]
+    dls = [*getattr(learn.dls, 'loaders', []), *(o for o in others if o is not None and not isinstance(o, Callback))]
+    loaders = [_state_of_loader(dl) for dl in dls]
+    attached,found = list(learn.cbs),[(o, dict(o.__dict__)) for o in (learn, *cbs, *(o for objects,*_ in loaders for o in objects))]
+    smooth = [(m, dict(m.__dict__)) for cb in cbs for m in (getattr(cb, 'smooth_loss', None), getattr(cb, 'loss', None)) if hasattr(m, 'reset')]
     for p,_ in grads: p.grad = None
     learn.opt = None     # a fit makes one of its own
     learn.lr_finder = learn.gather_preds = True     # by these, loggers and trackers know that there is nothing to keep
     try:
         with no_random(reproducible=False), learn.no_logging(): yield
     finally:
-        learn.cbs.items[:] = cbs
+        learn.cbs.items[:] = attached
         for o,d in found + smooth:
             o.__dict__.clear()
             o.__dict__.update(d)
@@ -56,9 +69,9 @@ def untouched(
             for t,v in tensors: t.copy_(v)
         for p,g in grads: p.grad = g
         for m,training in modes: m.training = training
-        for dl,rng,state in rngs:
-            rng.setstate(state)
-            dl.rng = rng
+        for _,lists,rngs in loaders:
+            for l,v in lists: l[:] = v
+            for put_back in rngs: put_back()
 
 # %% ../nbs/04_check.ipynb #b739b6a8
 def _inputs(x): return tuple(x) if isinstance(x, (list,tuple)) else (x,)
@@ -351,7 +364,7 @@ def distill_check(self:Learner,
     if kd is None: kd = next((cb for cb in self.cbs if isinstance(cb, KnowledgeDistillationCallback)), None)
     if kd is None: raise ValueError('Expected a KnowledgeDistillationCallback, as an argument or on the learner, but got none')
     first,added = _FirstBatch(kd),[] if any(cb is kd for cb in self.cbs) else [kd]
-    with untouched(self), self.no_bar(): self.fit(1, cbs=[first, *added])
+    with untouched(self, kd, dl), self.no_bar(): self.fit(1, cbs=[first, *added])
     teacher,w,tw = kd.teacher,*_largest(kd)
     models,right = _compare_models(self, teacher, first.inputs, dl, n)
     terms = pd.DataFrame(first.rows)
@@ -377,7 +390,7 @@ def _compare_models(learn, teacher, xb, dl, n):
     dl,rows,right = learn.dls.valid if dl is None else dl,dict(teacher={}, student={}),(0,0,0)
     def measure(model, call): return {**model_size(model), 'ms for a batch':np.median(time_forward(call, xb, n))}
     kds = [cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)]
-    with untouched(learn), learn.no_bar(), learn.removed_cbs(kds):
+    with untouched(learn, dl), learn.no_bar(), learn.removed_cbs(kds):
         names = ['valid_loss',*learn.metrics.attrgot('name')]
         rows['student'] = measure(learn.model, learn.model.eval())
         if len(dl): rows['student'].update(zip(names, learn.validate(dl=dl)))

@@ -1,5 +1,6 @@
 "Looking before a fit: each warning is provoked and silent on a sound set-up, nothing is changed by looking."
 import random, re, warnings
+from contextlib import suppress
 from copy import deepcopy
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
@@ -89,6 +90,63 @@ def test_a_fit_after_looking_is_the_fit_without(trained):
         learn.fit(2, 1e-2, cbs=kd)
         ends.append(state(learn.model))
     assert same(*ends)
+
+def test_the_curves_of_a_fit_outlive_the_check(trained):
+    learn,kd = new(trained),kinds(net(8))['trained loss']
+    learn.fit(2, 1e-2, cbs=kd)
+    losses,trained_losses = deepcopy(kd.losses),kd._trained
+    def fails(self): raise RuntimeError('stop')
+    failing = learner(net(4), learn.dls, cbs=Callback(after_loss=fails))
+    for look in (lambda: learn.distill_check(kd, n=1), lambda: new(trained).distill_check(kd, n=1), lambda: learn.weight_finder(kd, weights=[0.5]), lambda: failing.distill_check(kd)):
+        with suppress(RuntimeError): look()
+        assert kd.losses == losses and kd._trained is trained_losses and kd._student() is learn.model
+    assert list(kd.plot_losses(skip_start=0).lines[0].get_ydata()) == losses['task_loss']
+
+def order(dl):
+    "The next epoch's batches"
+    return [[o.tolist() for o in b] for b in dl]
+
+@pytest.mark.parametrize('kind', ['language model','PyTorch','generator'])
+@pytest.mark.parametrize('look', ['check','find'])
+def test_loaders_go_on_as_if_nobody_had_looked(texts, trained, kind, look):
+    from fastai.basics import DataLoaders
+    from torch.utils.data import DataLoader
+    def make():
+        set_seed(0)
+        if kind == 'language model':
+            from fastai.text.all import language_model_learner
+            dls = language_dls(texts)
+            return text_learner(language_model_learner, dls, 6),KnowledgeDistillationCallback(text_learner(language_model_learner, dls, 12), SoftTarget(axis=-1))
+        items = [(x,y) for x,y in trained.dls.train_ds][:32]
+        gen = torch.Generator().manual_seed(3) if kind == 'generator' else None
+        return learner(net(4), DataLoaders(DataLoader(items, 8, shuffle=True, generator=gen), DataLoader(items, 8))),KnowledgeDistillationCallback(net(8))
+    ends = []
+    for looks in (False,True):
+        learn,kd = make()
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1, cbs=kd)
+            if looks and look == 'check': learn.distill_check(kd, n=1)
+            elif looks: learn.weight_finder(kd, weights=[0.5], n_epoch=2)
+            ends.append((order(learn.dls.train), random.random(), np.random.rand(), torch.rand(1).item()))
+    assert ends[0] == ends[1]
+
+def test_a_loader_that_is_given_goes_on_as_well(trained):
+    learn,dl = new(trained),data(64, 16).train
+    state = dl.rng.getstate()
+    learn.distill_check(KnowledgeDistillationCallback(trained), dl=dl, n=1)
+    assert dl.rng.getstate() == state
+    x,y = trained.dls.valid.one_batch()
+    check = learn.distill_check(KnowledgeDistillationCallback(trained), dl=[(x,y)], n=1)
+    assert check.models.loc['teacher', 'valid_loss'] == pytest.approx(trained.validate()[0])
+
+def test_weight_finder_gives_each_fit_the_same_texts(texts):
+    from fastai.text.all import language_model_learner
+    dls,seen = language_dls(texts),[]
+    learn,teacher = (text_learner(language_model_learner, dls, n) for n in (6,12))
+    learn.add_cb(Callback(before_batch=lambda self: seen.append(self.xb[0].tolist()) if self.training else None))
+    with learn.no_bar(): learn.weight_finder(KnowledgeDistillationCallback(teacher, SoftTarget(axis=-1)), weights=[0.5,0.9])
+    n = len(dls.train)
+    assert len(seen) == 3*n and seen[:n] == seen[n:2*n] == seen[2*n:]
 
 def test_norms_by_hand(trained):
     "The gradient of each term, by a backward pass of its own"
