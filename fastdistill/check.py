@@ -29,7 +29,7 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn, Tensor
 from .callback import KnowledgeDistillationCallback, alike, no_better_than_chance
 from .layers import unwrap_model
-from .teacher import Teacher, as_teacher, describe_data, get_logits
+from .teacher import Teacher, as_teacher, describe_data, get_logits, ignored_label, one_class_each
 
 # %% ../nbs/04_check.ipynb #0113bae7
 def _state_of_loader(dl):
@@ -309,9 +309,10 @@ class _Right(Metric):
     "How many items of one class each are named right, and of how many"
     def reset(self): self.k,self.n,self.c = 0,0,0
     def accumulate(self, learn):
-        pred,y = get_logits(learn.pred),learn.y
-        if pred.ndim != 2 or not isinstance(y, Tensor) or y.ndim != 1 or y.is_floating_point(): return
-        self.k,self.n,self.c = self.k + (pred.argmax(1) == y).sum().item(),self.n + len(y),pred.shape[1]
+        logits = get_logits(learn.pred)
+        if (found := one_class_each(logits, learn.y, ignored_label(learn.loss_func))) is None: return
+        answer,y = found
+        self.k,self.n,self.c = self.k + (answer.argmax(1) == y).sum().item(),self.n + len(y),logits.shape[1]
     @property
     def value(self): return self.k,self.n,self.c
 

@@ -7,7 +7,7 @@ import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
 from fastai.callback.training import GradientClip
-from fastai.basics import AvgMetric, Callback, Learner, noop, set_seed
+from fastai.basics import AvgMetric, Callback, CrossEntropyLossFlat, Learner, noop, set_seed
 from fastai.callback.schedule import SchedCos
 from fastai.data.transforms import Normalize
 from torch import nn
@@ -277,6 +277,25 @@ def test_check_of_a_recording(trained, tmp_path):
     rec = record_teacher(trained, learn.dls, tmp_path/'a.rec')
     check = learn.distill_check(KnowledgeDistillationCallback(rec, SoftTarget))
     assert check.warnings == [] and check.models.loc['teacher'].isna()['accuracy']
+
+@pytest.mark.parametrize('ignore', [-100,1])
+def test_labels_that_are_ignored_and_labels_in_a_column(trained, ignore):
+    "What the teacher names right on the validation set is counted among the items that count"
+    items = list(trained.dls.train_ds)
+    def check(teacher, label, n=256):
+        labelled = [(x, label(i, y)) for i,(x,y) in enumerate(items)]
+        learn = Learner(loaders(labelled, labelled[:n], 64), net(4), loss_func=CrossEntropyLossFlat(ignore_index=ignore))
+        with learn.no_bar(): found = learn.distill_check(KnowledgeDistillationCallback(teacher, SoftTarget), n=1)
+        return [w for w in found.warnings if 'names the class' in w]
+    def some(i, y): return y if i%4 == 0 else torch.tensor(ignore)
+    y = torch.stack([some(i, y) for i,(_,y) in enumerate(items)])
+    answers = Permuted(trained.model).eval()(torch.stack([x for x,_ in items])).argmax(1)
+    k,n = (answers == y)[y != ignore].sum().item(),(y != ignore).sum().item()
+    assert check(trained, some) == []
+    assert check(Permuted(trained.model), some)[0].startswith(f'On the validation set the teacher names the class of {k} items of {n},')
+    assert check(trained, lambda i, y: y[None]) == []
+    assert check(Permuted(trained.model), lambda i, y: y[None])[0].startswith('On the validation set')
+    assert check(trained, lambda i, y: torch.tensor(ignore)) == []     # nothing to name
 
 def test_check_of_values_and_of_several_labels():
     "Where nothing has one class, nothing is said of classes"
