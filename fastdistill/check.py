@@ -232,9 +232,11 @@ class _FirstBatch(Callback):
         "Norm of its gradient with respect to the student's weights"
         if not loss.requires_grad: return 0.
         grads = torch.autograd.grad(loss, [p for p in self.model.parameters() if p.requires_grad], retain_graph=True, allow_unused=True)
-        return math.sqrt(sum((g.float()**2).sum().item() for g in grads if g is not None))
+        return math.hypot(*[_float_norm(g) for g in grads if g is not None])
 
     def before_backward(self): raise CancelFitException()
+
+def _float_norm(g): return torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).item()
 
 def _adapted(m, s, t):
     "What happens to features of different shapes before they are compared"

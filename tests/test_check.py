@@ -167,6 +167,30 @@ def test_norms_by_hand(trained):
     assert check.models.loc['teacher','accuracy'] == pytest.approx(trained.validate()[1], abs=0.1)
     assert check.models.loc['student','parameters'] == sum(p.numel() for p in model.parameters())
 
+@pytest.mark.parametrize('default', [torch.float32,torch.float64])
+def test_models_in_float64(trained, default):
+    "Norms and losses in full precision, by hand; float64 may be PyTorch's default as well"
+    items = [(x.double(), y) for x,y in trained.dls.train_ds][:64]
+    x,y = torch.stack([x for x,_ in items]),torch.stack([y for _,y in items])
+    teacher,model = deepcopy(trained.model).double().eval(),mlp().double()
+    learn = learner(deepcopy(model), loaders(items, items, 64, shuffle=False))
+    kd = KnowledgeDistillationCallback(teacher, [SoftTarget(T=3), Match(nn.MSELoss(), weight=1e-30)])
+    found = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        check = learn.distill_check(kd, n=1)
+        table = learn.weight_finder(kd, weights=[0.5], temperatures=[2]).table
+        pairs = match_layers(net(4).double(), KnowledgeDistillationCallback(teacher).teacher, x)
+    finally: torch.set_default_dtype(found)
+    def norm(loss): return sum((g**2).sum() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)).sqrt().item()
+    s,t = model(x),teacher(x).detach()
+    kl,mse = 9*F.kl_div((s/3).log_softmax(1), (t/3).softmax(1), reduction='batchmean'),F.mse_loss(s, t)
+    ce = F.cross_entropy(s.float(), y)     # as fastai computes it
+    assert check.terms['loss'].tolist() == pytest.approx([ce.item(), kl.item(), mse.item()], rel=1e-12)
+    assert check.terms['gradient norm'].tolist() == pytest.approx([0.5*norm(ce), 0.5*norm(kl), 0.5e-30*norm(mse)], rel=1e-12, abs=0)
+    assert check.models.loc['teacher','valid_loss'] == pytest.approx(F.cross_entropy(t, y).item(), rel=1e-6)
+    assert table.notna().valid_loss.all() and list(pairs) == [['0','1'],['0','1']]
+
 def test_teacher_metrics_are_its_own(trained):
     check = new(trained).distill_check(KnowledgeDistillationCallback(trained, SoftTarget))
     assert check.models.loc['teacher',['valid_loss','accuracy']].tolist() == pytest.approx(list(trained.validate()))
