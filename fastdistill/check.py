@@ -49,6 +49,8 @@ def untouched(
     model,device = learn.model,getattr(one_param(learn.model), 'device', None)
     with torch.no_grad(): tensors = [(t, t.clone()) for t in itertools.chain(model.parameters(), model.buffers())]
     grads,modes = [(p, p.grad) for p in model.parameters()],[(m, m.training) for m in model.modules()]
+    parts = [d for m in model.modules() for k in ('_modules','_parameters','_buffers') if isinstance(d := m.__dict__.get(k), dict)]
+    parts = [(d, dict(d)) for d in parts]     # a distributed fit replaces buffers, and batch norm by its synchronised version
     cbs = [*learn.cbs, *(o for o in others if isinstance(o, Callback))]
     dls = [*getattr(learn.dls, 'loaders', []), *(o for o in others if o is not None and not isinstance(o, Callback))]
     loaders = [_state_of_loader(dl) for dl in dls]
@@ -61,9 +63,9 @@ def untouched(
         with no_random(reproducible=False), learn.no_logging(): yield
     finally:
         learn.cbs.items[:] = attached
-        for o,d in found + smooth:
-            o.__dict__.clear()
-            o.__dict__.update(d)
+        for d,was in [(o.__dict__, was) for o,was in found + smooth] + parts:
+            d.clear()
+            d.update(was)
         if device is not None: model.to(device)
         with torch.no_grad():
             for t,v in tensors: t.copy_(v)
@@ -312,7 +314,9 @@ class _Right(Metric):
     def reset(self): self.k,self.n,self.c = 0,0,0
     def accumulate(self, learn):
         logits = get_logits(learn.pred)
-        if (found := one_class_each(logits, learn.y, ignored_label(learn.loss_func))) is None: return
+        if logits.ndim != 2 or not isinstance(learn.y, Tensor): return
+        everywhere = learn.to_detach((logits, learn.y))     # those of the other processes, too
+        if (found := one_class_each(*everywhere, ignored_label(learn.loss_func))) is None: return
         answer,y = found
         self.k,self.n,self.c = self.k + (answer.argmax(1) == y).sum().item(),self.n + len(y),logits.shape[1]
     @property

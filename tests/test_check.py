@@ -12,7 +12,7 @@ from fastai.callback.schedule import SchedCos
 from fastai.data.transforms import Normalize
 from torch import nn
 from torch.nn import functional as F
-from conftest import data, learner, loaders, mlp, n_hooks, net, same_state, state
+from conftest import data, free_port, learner, loaders, mlp, n_hooks, net, same_state, state
 from test_applications import language_dls, text_learner, texts
 from fastdistill.all import *
 from fastdistill.cli import digits_learner
@@ -599,3 +599,33 @@ def test_live_graph(trained):
     (_,lines,(x0,x1),(y0,y1)) = drawn[-1]
     assert [len(y) for _,y in lines] == [8,2,8,8] and (x0,x1,y0) == (0,8,0) and y1 == max(max(y) for _,y in lines)
     with pytest.raises(ValueError, match='beside ShowDistillationGraph'): fit()
+
+# several processes
+
+def test_looking_in_two_processes(tmp_path):
+    "With a frozen teacher: each process knows the numbers of the whole validation set, and nothing is changed"
+    pytest.importorskip('accelerate')
+    import distributed_check
+    from test_distributed import finish, here, start
+    finish(start('--nproc_per_node', 2, '--master_port', free_port(), here/'distributed_check.py', tmp_path))
+    set_seed(0, reproducible=True)
+    models = dict(student=net(4), teacher=net(8))
+    dls = distributed_check.small()
+    k = round(64*learner(models['teacher'], dls).validate()[1])
+    for r in (0,1):
+        got = torch.load(tmp_path/f'check_{r}.pth', weights_only=False)
+        for who,model in models.items():
+            want = [sum(p.numel() for p in model.parameters()), *learner(model, dls).validate()]
+            assert list(got['models'][who].values()) == pytest.approx(want, rel=1e-4)
+        assert got['same'] and got['rows'] == 2 and any(w.startswith(f'On the validation set the teacher names the class of {k} items of 64,') for w in got['warnings'])
+
+def test_parts_that_a_fit_replaces_come_back(trained):
+    "As `distrib_ctx` replaces batch norm by its synchronised version"
+    from fastdistill.check import untouched
+    learn = new(trained)
+    parts = list(learn.model.named_modules())
+    with untouched(learn): learn.model = nn.SyncBatchNorm.convert_sync_batchnorm(learn.model)
+    assert list(learn.model.named_modules()) == parts
+    buffers = list(learn.model.buffers())
+    with untouched(learn): learn.model[0][1].running_mean = torch.ones(4)
+    assert all(a is b for a,b in zip(learn.model.buffers(), buffers))
