@@ -33,12 +33,14 @@ from .teacher import Teacher, as_teacher, describe_data, get_logits, ignored_lab
 
 # %% ../nbs/04_check.ipynb #0113bae7
 def _state_of_loader(dl):
-    "The objects that make up a loader, its lists as they are now, and for each random generator a function that puts it back"
-    objects = [o for o in (dl, *(getattr(dl, '__dict__', {}).get(k) for k in ('items','sampler','batch_sampler'))) if hasattr(o, '__dict__')]
+    "The objects that make up a loader, its lists as they are, and functions that put back its random generators"
+    parts = [getattr(dl, '__dict__', {}).get(k) for k in ('items','sampler','batch_sampler')]
+    objects = [o for o in (dl, *parts) if hasattr(o, '__dict__')]
     values = [v for o in objects for v in vars(o).values()]
-    lists = [(v, list(v)) for v in values if isinstance(v, (list,L))]     # a loader of a language model shuffles its texts in place
+    lists = [(v, list(v)) for v in values if isinstance(v, (list,L))]   # which may be shuffled in place
     rngs = [partial(v.setstate, v.getstate()) for v in values if isinstance(v, random.Random)]
-    return objects,lists,rngs + [partial(v.set_state, v.get_state()) for v in values if isinstance(v, torch.Generator)]
+    rngs += [partial(v.set_state, v.get_state()) for v in values if isinstance(v, torch.Generator)]
+    return objects,lists,rngs
 
 @contextmanager
 def untouched(
@@ -49,13 +51,14 @@ def untouched(
     model,device = learn.model,getattr(one_param(learn.model), 'device', None)
     with torch.no_grad(): tensors = [(t, t.clone()) for t in itertools.chain(model.parameters(), model.buffers())]
     grads,modes = [(p, p.grad) for p in model.parameters()],[(m, m.training) for m in model.modules()]
-    parts = [d for m in model.modules() for k in ('_modules','_parameters','_buffers') if isinstance(d := m.__dict__.get(k), dict)]
-    parts = [(d, dict(d)) for d in parts]     # a distributed fit replaces buffers, and batch norm by its synchronised version
-    cbs = [*learn.cbs, *(o for o in others if isinstance(o, Callback))]
-    dls = [*getattr(learn.dls, 'loaders', []), *(o for o in others if o is not None and not isinstance(o, Callback))]
-    loaders = [_state_of_loader(dl) for dl in dls]
-    attached,found = list(learn.cbs),[(o, dict(o.__dict__)) for o in (learn, *cbs, *(o for objects,*_ in loaders for o in objects))]
-    smooth = [(m, dict(m.__dict__)) for cb in cbs for m in (getattr(cb, 'smooth_loss', None), getattr(cb, 'loss', None)) if hasattr(m, 'reset')]
+    # a distributed fit replaces buffers, and batch norm by its synchronised version
+    modules = [m.__dict__.get(k) for m in model.modules() for k in ('_modules','_parameters','_buffers')]
+    attached,cbs = list(learn.cbs),[*learn.cbs, *(o for o in others if isinstance(o, Callback))]
+    metrics = [getattr(cb, k, None) for cb in cbs for k in ('smooth_loss','loss')]
+    given = [o for o in others if o is not None and not isinstance(o, Callback)]
+    loaders = [_state_of_loader(dl) for dl in (*getattr(learn.dls, 'loaders', []), *given)]
+    objects = [learn, *cbs, *(m for m in metrics if hasattr(m, 'reset')), *(o for os,*_ in loaders for o in os)]
+    dicts = [(d, dict(d)) for d in (*map(vars, objects), *modules) if isinstance(d, dict)]
     for p,_ in grads: p.grad = None
     learn.opt = None     # a fit makes one of its own
     learn.lr_finder = learn.gather_preds = True     # by these, loggers and trackers know that there is nothing to keep
@@ -63,7 +66,7 @@ def untouched(
         with no_random(reproducible=False), learn.no_logging(): yield
     finally:
         learn.cbs.items[:] = attached
-        for d,was in [(o.__dict__, was) for o,was in found + smooth] + parts:
+        for d,was in dicts:
             d.clear()
             d.update(was)
         if device is not None: model.to(device)
@@ -110,7 +113,7 @@ def layer_shapes(
     return table.assign(depth=table.depth/max(1, n_leaves))
 
 def _axes_of_width(model, xb, shapes):
-    "For each layer that returns four axes those that become shorter with narrower images: {3} for (B, C, H, W), {2} for (B, H, W, C), none where that cannot be told"
+    "The axes that follow the width of images, for layers that return four: {3} of (B, C, H, W), {2} of (B, H, W, C)"
     whole = {r.layer:r.shape for r in shapes.itertuples() if len(r.shape) == 4}
     found = {n:set() for n in whole}
     if not whole or not any(isinstance(x, Tensor) and x.ndim == 4 for x in xb): return found
@@ -126,12 +129,13 @@ def _axes_of_width(model, xb, shapes):
 
 # %% ../nbs/04_check.ipynb #cbe50dbc
 class LayerPairs:
-    "Pairs of layers, as `match_layers` proposes them: `table` shows them, `notes` say what was left out, unpacking gives the names of the student's and of the teacher's"
+    "What `match_layers` proposes: `table`, and `notes` on what it left out; unpacks into the names of both networks"
     def __init__(self, table, notes=()): self.table,self.notes = table,list(notes)
     def __iter__(self): return iter((self.student_layers, self.teacher_layers))
     def __len__(self): return 2     # as it unpacks
-    def __repr__(self): return '\n'.join([self.table.to_string(index=False, float_format='{:.2f}'.format), *self.notes])
-    def _repr_html_(self): return self.table.to_html(index=False, float_format='{:.2f}'.format) + ''.join(f'<p>{escape(n)}</p>' for n in self.notes)
+    def _show(self, table): return table(index=False, float_format='{:.2f}'.format)
+    def __repr__(self): return '\n'.join([self._show(self.table.to_string), *self.notes])
+    def _repr_html_(self): return self._show(self.table.to_html) + ''.join(f'<p>{escape(n)}</p>' for n in self.notes)
     @property
     def student_layers(self): return self.table['student layer'].tolist()
     @property
@@ -141,18 +145,21 @@ def _with_parents(shapes):
     "All but the output, with the name of the block that each is part of"
     return shapes.iloc[:-1].assign(parent=shapes.layer.map(lambda n: n.rpartition('.')[0]))
 
+_left_out = {True:  'return (B, H, W, C), which losses on features would take for (B, C, H, W)',
+             False: 'return four axes, and which are height and width cannot be told, as they do not follow the images'}
+
 def _comparable(model, xb, who):
-    "The layers that losses on features can compare, and texts on the maps that are left out as they are not (B, C, H, W), each with whether blocks are among them"
+    "The layers without maps that are not (B, C, H, W); texts on these, each with whether there are blocks among them"
     shapes = _with_parents(layer_shapes(model, xb))
     axes = _axes_of_width(model, xb, shapes)
-    kept,notes = shapes[[axes.get(n, {3}) == {3} for n in shapes.layer]],[]
-    left = [r for r in shapes.itertuples() if axes.get(r.layer, {3}) != {3} and math.prod(r.shape[2:]) > 1]
-    for is_last,why in ((True,  'return (B, H, W, C), which losses on features would take for (B, C, H, W)'),
-                        (False, 'return four axes, and which are height and width cannot be told: they do not change as the width of the images does')):
-        found = [r for r in left if (axes[r.layer] == {2}) == is_last]
+    left,notes = [r for r in shapes.itertuples() if axes.get(r.layer, {3}) != {3}],[]
+    for channels_last,why in _left_out.items():
+        found = [r for r in left if (axes[r.layer] == {2}) == channels_last and math.prod(r.shape[2:]) > 1]
         blocks = [r for r in found if r.block]
-        if found: notes.append((f'{len(found)} layers of the {who}, {(blocks or found)[0].layer!r} among them, are left out: they {why}.', bool(blocks)))
-    return kept,notes
+        if not found: continue
+        some = f'{len(found)} layers of the {who}, {(blocks or found)[0].layer!r} among them'
+        notes.append((f'{some}, are left out: they {why}.', bool(blocks)))
+    return shapes.drop([r.Index for r in left]),notes
 
 def _stages(shapes):
     "Of the block whose parts shrink the image the most often, the last part at each resolution; none where no image shrinks"
@@ -166,7 +173,8 @@ def _stages(shapes):
 def _repeated(shapes):
     "The parts of one block that are of the same kind, where they are most: the layers of a transformer or of a perceptron"
     shapes = shapes.assign(ndim=shapes['shape'].map(len))
-    groups = [g for (*_,ndim),g in shapes.groupby(['parent','kind','ndim'], sort=False) if len(g) > 1 or g.block.iloc[0] and ndim != 4]
+    groups = shapes.groupby(['parent','kind','ndim'], sort=False)
+    groups = [g for (*_,ndim),g in groups if len(g) > 1 or g.block.iloc[0] and ndim != 4]
     return max(groups, key=lambda g: (len(g) > 1 and g.block.iloc[0], len(g)), default=shapes[:0])
 
 def _others(shapes, row):
@@ -193,10 +201,12 @@ def match_layers(
     (s,notes_s),(t,notes_t) = _comparable(student, xb, 'student'),_comparable(teacher.model, xb_t, 'teacher')
     pairs,notes = _pairs(s, t) if len(s) and len(t) else [],notes_s + notes_t
     if not pairs:
-        raise ValueError(' '.join(['No layers of student and teacher go together: they have no resolution in common, and no blocks that repeat '
-                                   'and return the same kind of features, maps or sequences.', *[n for n,_ in notes]]))
+        why = ('they have no resolution in common, and no blocks that repeat and return the same kind of features, '
+               'maps or sequences.')
+        raise ValueError(' '.join([f'No layers of student and teacher go together: {why}', *[n for n,_ in notes]]))
     row = [o.set_index('layer', drop=False).loc for o in (s,t)]
-    return LayerPairs(pd.DataFrame([_pair(row[0][a], row[1][b], s, t) for a,b in pairs]), [n for n,of_blocks in notes if of_blocks])
+    table = pd.DataFrame([_pair(row[0][a], row[1][b], s, t) for a,b in pairs])
+    return LayerPairs(table, [n for n,of_blocks in notes if of_blocks])
 
 def _pairs(s, t):
     both = _stages(s).merge(_stages(t), on='resolution', suffixes=('','_t'))
@@ -234,11 +244,11 @@ class _FirstBatch(Callback):
         "Norm of its gradient with respect to the student's weights"
         if not loss.requires_grad: return 0.
         grads = torch.autograd.grad(loss, [p for p in self.model.parameters() if p.requires_grad], retain_graph=True, allow_unused=True)
-        return math.hypot(*[_float_norm(g) for g in grads if g is not None])
+        return math.hypot(*[_norm_of(g) for g in grads if g is not None])
 
     def before_backward(self): raise CancelFitException()
 
-def _float_norm(g): return torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).item()
+def _norm_of(g): return torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).item()
 
 def _adapted(m, s, t):
     "What happens to features of different shapes before they are compared"
@@ -288,9 +298,11 @@ class _TeacherAnswers(Callback):
     order = -100
     def __init__(self, teacher): self.teacher = teacher
 
-    def start(self, learn): self.teacher.start(one_param(learn.model).device, reset=any(isinstance(cb, ModelResetter) for cb in learn.cbs))
+    def start(self, learn):
+        reset = any(isinstance(cb, ModelResetter) for cb in learn.cbs)
+        self.teacher.start(one_param(learn.model).device, reset)
 
-    def before_validate(self): self.start(self.learn)     # once more: a recurrent model that was timed has a hidden state
+    def before_validate(self): self.start(self.learn)     # a recurrent model that was timed has a hidden state
 
     def after_pred(self):
         found = []
@@ -300,13 +312,15 @@ class _TeacherAnswers(Callback):
         self.learn.pred = _in_form(self.pred, logits, *found)
 
 def _in_form(pred, logits, out=None):
-    "The teacher's answer in the form of the student's `pred`: `out`, all that it returned, if that has this form; else the logits, and `None` for other parts"
+    "The teacher's answer in the form of `pred`: `out` if it has this form, else the logits, other parts being `None`"
     if isinstance(pred, Tensor): return logits
     if type(out) is type(pred) and (not is_listy(pred) or len(out) == len(pred)): return out
     if isinstance(pred, Mapping): return type(pred)(logits=logits)
-    if is_listy(pred): return type(pred)([_in_form(pred[0], logits), *[None]*(len(pred)-1)])
+    if is_listy(pred):
+        parts = _in_form(pred[0], logits),*[None]*(len(pred)-1)
+        return type(pred)(*parts) if hasattr(pred, '_fields') else type(pred)(parts)
     pred = copy(pred)
-    pred.logits = logits
+    vars(pred).update(dict.fromkeys(vars(pred)), logits=logits)
     return pred
 
 class _Right(Metric):
@@ -322,12 +336,12 @@ class _Right(Metric):
     @property
     def value(self): return self.k,self.n,self.c
 
-# words in the names of fastai's metrics; scikit-learn ends its own in `_score` where more is better, in `_loss` and `_error` where less is
+# words in fastai's names; scikit-learn's end in `_score` where more is better, in `_loss` or `_error` where less is
 _less_is_better = {'loss','error','mae','mse','rmse','msle','rmspe','perplexity'}
 _more_is_better = {'score','accuracy','acc','dice','jaccard','corrcoef','pearsonr','spearmanr','bleu'}
 
 def _comp(name):
-    "`np.less` where less of a metric with this name is better, `np.greater` where more is, `None` where the name does not tell"
+    "`np.less` where less of a metric is better, `np.greater` where more is, `None` where its name does not tell"
     words = set(re.split(r'[\W_]+', name.lower()))
     return np.less if words & _less_is_better else np.greater if words & _more_is_better else None
 
@@ -381,7 +395,8 @@ def distill_check(self:Learner,
     columns = ['term','student layer','shape','teacher layer','shape ','adapted','loss','weight','weighted loss','gradient norm']
     terms = terms.reindex(columns=columns).fillna({c:'' for c in columns[1:6]})
     if no_better_than_chance(0, *right[1:]): first.concerns = [c for c in first.concerns if c not in first.guessing]     # the validation set can tell, and better
-    found = first.concerns + _of_models(models, right, comp) + _of_depths(self, kd, first.inputs) + _of_weights(kd, w, tw, *first.norms)
+    found = first.concerns + _of_models(models, right, comp) + _of_depths(self, kd, first.inputs)
+    found += _of_weights(kd, w, tw, *first.norms)
     return DistillCheck(models, _compare_data(teacher.data, describe_data(self.dls)), terms, found)
 
 # %% ../nbs/04_check.ipynb #e232dbf9
@@ -393,7 +408,7 @@ def _largest(kd):
     return w,1-w if tw is None else tw
 
 def _compare_models(learn, teacher, xb, dl, n):
-    "Table of size, time and metrics of both; how many items of one class each the teacher names right, of how many, and the number of classes"
+    "Table of size, time and metrics of both; how many items the teacher names right, of how many, of how many classes"
     dl,rows,right = learn.dls.valid if dl is None else dl,dict(teacher={}, student={}),(0,0,0)
     def measure(model, call): return {**model_size(model), 'ms for a batch':np.median(time_forward(call, xb, n))}
     kds = [cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)]
@@ -428,7 +443,7 @@ def _of_models(models, right, comp=None):
                                                      'other inputs, which `Teacher(model, input_tfm=...)` can make?']
     if 'valid_loss' not in models or models.isna().loc['teacher','valid_loss']: return []
     metrics = models.columns[models.columns.get_loc('valid_loss')+1:]
-    better = {m:c for m in metrics if (c := _comp(m) or comp)} or {'valid_loss':np.less}     # the metrics decide, if they can
+    better = {m:c for m in metrics if (c := _comp(m) or comp)} or {'valid_loss':np.less}
     t,s = models.loc['teacher'],models.loc['student']
     if not all(c(s[m], t[m]) for m,c in better.items()): return []
     shown = ', '.join(f'{m} {s[m]:.4g} against {t[m]:.4g}' for m in better)
@@ -458,7 +473,8 @@ def _of_weights(kd, w, tw, task, distill, most=30):
 # %% ../nbs/04_check.ipynb #68679a1f
 class WeightSearch:
     "What `weight_finder` has found: `table`, a row for each fit, and `suggestion`, the best weight and temperature by `monitor`"
-    def __init__(self, table, monitor, comp=None): self.table,self.monitor,self.comp = table,monitor,comp or _comp(monitor)
+    def __init__(self, table, monitor, comp=None):
+        self.table,self.monitor,self.comp = table,monitor,comp or _comp(monitor)
 
     @property
     def means(self): # DataFrame
@@ -505,7 +521,7 @@ def weight_finder(self:Learner,
     n_epoch:int=1, # Epochs of `fit_one_cycle` for each
     lr:float=None, # Its maximum learning rate, the learner's by default
     seeds:int=1, # Fits of each value, with seeds 0, 1, ...
-    monitor:str=None, # Column to compare; by default the first metric that can be judged, or `valid_loss` where there is none
+    monitor:str=None, # Column to compare; by default the first metric that can be judged, else `valid_loss`
     comp=None, # `np.less` where less of `monitor` is better, `np.greater` where more is; by default its name tells
 ) -> WeightSearch: # Shows itself as a table, with a suggestion
     "Try weights, and temperatures, in short fits of the learner, which is left as it was"
@@ -518,7 +534,9 @@ def weight_finder(self:Learner,
     monitor = monitor or next((m for m in metrics if comp or _comp(m)), 'valid_loss')
     known = ['train_loss','valid_loss',*metrics]
     if monitor not in known: raise ValueError(f'Expected monitor to be one of {", ".join(known)}, but got {monitor!r}')
-    if not (comp or _comp(monitor)): raise ValueError(f'Expected comp=np.less or comp=np.greater: the name {monitor!r} does not tell whether less of it is better or more')
+    if not (comp or _comp(monitor)):
+        raise ValueError(f'Expected comp=np.less or comp=np.greater: the name {monitor!r} does not tell '
+                         'whether less of it is better or more')
     tried = [(0., None)] + [(float(w), T) for T in temperatures or [None] for w in weights if w]
     trials,rows = [(w, T, s) for w,T in tried for s in range(seeds)],[]
     for w,T,s in progress_bar(trials, leave=False):

@@ -1,5 +1,6 @@
 "Looking before a fit: each warning is provoked and silent on a sound set-up, nothing is changed by looking."
 import random, re, warnings
+from collections import namedtuple
 from contextlib import suppress
 from copy import deepcopy
 from types import SimpleNamespace
@@ -363,10 +364,11 @@ class Returns(nn.Module):
         self.model,self.form = model,form
     def forward(self, x): return self.form(self.model(x))
 
+Named = namedtuple('Named', 'logits other')
 forms = {'dictionary': (lambda p: Answer(logits=p), lambda out: out.logits), 'attribute': (lambda p: SimpleNamespace(logits=p), lambda out: out.logits), 'tuple': (lambda p: (p,2*p), lambda out: out[0]),
-         'second head': (lambda p: (p,2*p), lambda out: out[1])}
+         'named tuple': (lambda p: Named(p, 2*p), lambda out: out.logits), 'second head': (lambda p: (p,2*p), lambda out: out[1])}
 
-@pytest.mark.parametrize('form,teacher_too', [(f, True) for f in forms] + [('dictionary',False), ('attribute',False), ('tuple',False)])
+@pytest.mark.parametrize('form,teacher_too', [(f, True) for f in forms] + [('dictionary',False), ('attribute',False), ('tuple',False), ('named tuple',False)])
 def test_check_where_loss_and_metrics_take_what_the_model_returns(trained, form, teacher_too):
     make,take = forms[form]
     learn = Learner(trained.dls, Returns(net(4), make), loss_func=lambda out, y: F.cross_entropy(take(out), y), metrics=AvgMetric(lambda out, y: (take(out).argmax(1) == y).float().mean()))
