@@ -252,7 +252,7 @@ def no_better_than_chance(
 ) -> bool: # False where `n` is too small to tell
     "Whether `k` of `n` is what guessing gives"
     def at_most(p, sd): return n*p + sd*math.sqrt(n*p*(1-p))
-    if c < 2: return False
+    if c < 2 or n < 1: return False
     chance,half = 1/c,(1 + 1/c)/2
     return k <= at_most(chance, 1) <= at_most(half, -3)
 

@@ -7,74 +7,92 @@ __all__ = ['untouched', 'layer_shapes', 'LayerPairs', 'match_layers', 'TeacherMo
            'DistillCheck', 'WeightSearch']
 
 # %% ../nbs/04_check.ipynb #798e09f3
-import itertools, math, random, time
-from contextlib import contextmanager
-from copy import deepcopy
+import itertools, math, random, re, time
+from collections.abc import Mapping
+from contextlib import contextmanager, suppress
+from copy import copy, deepcopy
+from functools import partial
 from html import escape
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.rnn import ModelResetter
 from fastai.callback.schedule import *     # gives Learner its fit_one_cycle
 from fastai.learner import Learner, Metric
 from fastai.torch_core import no_random, one_param, set_seed, to_device
 from fastcore.basics import patch
+from fastcore.foundation import L
+from fastcore.xtras import is_listy
 from fastprogress.fastprogress import progress_bar
 from torch import nn, Tensor
 from .callback import KnowledgeDistillationCallback, alike, no_better_than_chance
 from .layers import unwrap_model
-from .teacher import Teacher, as_teacher, describe_data, get_logits
+from .teacher import Teacher, as_teacher, describe_data, get_logits, ignored_label, one_class_each
 
 # %% ../nbs/04_check.ipynb #0113bae7
+def _state_of_loader(dl):
+    "The objects that make up a loader, its lists as they are, and functions that put back its random generators"
+    parts = [getattr(dl, '__dict__', {}).get(k) for k in ('items','sampler','batch_sampler')]
+    objects = [o for o in (dl, *parts) if hasattr(o, '__dict__')]
+    values = [v for o in objects for v in vars(o).values()]
+    lists = [(v, list(v)) for v in values if isinstance(v, (list,L))]   # which may be shuffled in place
+    rngs = [partial(v.setstate, v.getstate()) for v in values if isinstance(v, random.Random)]
+    rngs += [partial(v.set_state, v.get_state()) for v in values if isinstance(v, torch.Generator)]
+    return objects,lists,rngs
+
 @contextmanager
 def untouched(
     learn:Learner, # Any learner
+    *others, # Callbacks and loaders that it is going to use
 ):
     "Fit `learn` inside, and find it afterwards as it was: weights, buffers, gradients, modes, optimizer, recorder, loaders and random states"
     model,device = learn.model,getattr(one_param(learn.model), 'device', None)
     with torch.no_grad(): tensors = [(t, t.clone()) for t in itertools.chain(model.parameters(), model.buffers())]
     grads,modes = [(p, p.grad) for p in model.parameters()],[(m, m.training) for m in model.modules()]
-    cbs,rngs = list(learn.cbs),[(dl, dl.rng, dl.rng.getstate()) for dl in getattr(learn.dls, 'loaders', []) if isinstance(getattr(dl, 'rng', None), random.Random)]
-    found = [(o, dict(o.__dict__)) for o in (learn, *learn.cbs)]
-    smooth = [(m, dict(m.__dict__)) for cb in learn.cbs for m in (getattr(cb, 'smooth_loss', None), getattr(cb, 'loss', None)) if hasattr(m, 'reset')]
+    # a distributed fit replaces buffers, and batch norm by its synchronised version
+    modules = [m.__dict__.get(k) for m in model.modules() for k in ('_modules','_parameters','_buffers')]
+    attached,cbs = list(learn.cbs),[*learn.cbs, *(o for o in others if isinstance(o, Callback))]
+    metrics = [getattr(cb, k, None) for cb in cbs for k in ('smooth_loss','loss')]
+    given = [o for o in others if o is not None and not isinstance(o, Callback)]
+    loaders = [_state_of_loader(dl) for dl in (*getattr(learn.dls, 'loaders', []), *given)]
+    objects = [learn, *cbs, *(m for m in metrics if hasattr(m, 'reset')), *(o for os,*_ in loaders for o in os)]
+    dicts = [(d, dict(d)) for d in (*map(vars, objects), *modules) if isinstance(d, dict)]
     for p,_ in grads: p.grad = None
     learn.opt = None     # a fit makes one of its own
     learn.lr_finder = learn.gather_preds = True     # by these, loggers and trackers know that there is nothing to keep
     try:
         with no_random(reproducible=False), learn.no_logging(): yield
     finally:
-        learn.cbs.items[:] = cbs
-        for o,d in found + smooth:
-            o.__dict__.clear()
-            o.__dict__.update(d)
+        learn.cbs.items[:] = attached
+        for d,was in dicts:
+            d.clear()
+            d.update(was)
         if device is not None: model.to(device)
         with torch.no_grad():
             for t,v in tensors: t.copy_(v)
         for p,g in grads: p.grad = g
         for m,training in modes: m.training = training
-        for dl,rng,state in rngs:
-            rng.setstate(state)
-            dl.rng = rng
+        for _,lists,rngs in loaders:
+            for l,v in lists: l[:] = v
+            for put_back in rngs: put_back()
 
 # %% ../nbs/04_check.ipynb #b739b6a8
 def _inputs(x): return tuple(x) if isinstance(x, (list,tuple)) else (x,)
 
-def layer_shapes(
-    model:nn.Module, # Any model, wrapped or not
-    x, # Inputs of a batch: a tensor, or a tuple of several
-) -> pd.DataFrame: # For each layer that returned a tensor: layer, kind (its class), shape, depth (share of the layers without parts that had run when it ended), block (has parts)
-    "What each layer returns, and how deep it lies, in the order in which they end; the model is left as it was"
-    model,rows,hooks = unwrap_model(model),[],[]
-    n_leaves = 0
+def _outputs(model, xb, rows):
+    "Append a row to `rows` for each layer that returns a tensor; raises what the model raises"
+    model,hooks,n_leaves = unwrap_model(model),[],0
     def look(m, name, out):
         nonlocal n_leaves
         block = any(True for _ in m.children())
         n_leaves += not block
         while isinstance(out, (tuple,list)) and len(out): out = out[0]
-        if isinstance(out, Tensor) and out.ndim > 1: rows.append(dict(layer=name, kind=type(m).__name__, shape=tuple(out.shape), depth=n_leaves, block=block))
+        if not isinstance(out, Tensor) or out.ndim < 2: return
+        rows.append(dict(layer=name, kind=type(m).__name__, shape=tuple(out.shape), depth=n_leaves, block=block))
     modes = [(m, m.training) for m in model.modules()]
-    xb = to_device(_inputs(x), getattr(one_param(model), 'device', None))
+    if (p := one_param(model)) is not None: xb = to_device(xb, p.device)
     try:
         for n,m in model.named_modules():
             if n: hooks.append(m.register_forward_hook(lambda m, _, out, n=n: look(m, n, out)))
@@ -82,17 +100,42 @@ def layer_shapes(
     finally:
         for h in hooks: h.remove()
         for m,training in modes: m.training = training
+    return n_leaves
+
+def layer_shapes(
+    model:nn.Module, # Any model, wrapped or not
+    x, # Inputs of a batch: a tensor, or a tuple of several
+) -> pd.DataFrame: # For each layer that returned a tensor: layer, kind (its class), shape, depth (share of the layers without parts that had run when it ended), block (has parts)
+    "What each layer returns, and how deep it lies, in the order in which they end; the model is left as it was"
+    rows = []
+    n_leaves = _outputs(model, _inputs(x), rows)
     table = pd.DataFrame(rows, columns=['layer','kind','shape','depth','block']).drop_duplicates('layer', keep='last', ignore_index=True)
     return table.assign(depth=table.depth/max(1, n_leaves))
 
+def _axes_of_width(model, xb, shapes):
+    "The axes that follow the width of images, for layers that return four: {3} of (B, C, H, W), {2} of (B, H, W, C)"
+    whole = {r.layer:r.shape for r in shapes.itertuples() if len(r.shape) == 4}
+    found = {n:set() for n in whole}
+    if not whole or not any(isinstance(x, Tensor) and x.ndim == 4 for x in xb): return found
+    def narrow(x, share): return x[:1,...,:int(share*x.shape[-1])] if x.ndim == 4 else x[:1]
+    for share in (0.5, 0.75):
+        rows = []
+        with suppress(Exception):   # of a model for one size only; the layers that ran before count
+            _outputs(model, [narrow(x, share) if isinstance(x, Tensor) else x for x in xb], rows)
+        for r in rows:
+            if r['layer'] in whole and len(r['shape']) == 4:
+                found[r['layer']] |= {i for i in (1,2,3) if r['shape'][i] != whole[r['layer']][i]}
+    return found
+
 # %% ../nbs/04_check.ipynb #cbe50dbc
 class LayerPairs:
-    "Pairs of layers, as `match_layers` proposes them: `table` shows them, unpacking gives the names of the student's and of the teacher's"
-    def __init__(self, table): self.table = table
+    "What `match_layers` proposes: `table`, and `notes` on what it left out; unpacks into the names of both networks"
+    def __init__(self, table, notes=()): self.table,self.notes = table,list(notes)
     def __iter__(self): return iter((self.student_layers, self.teacher_layers))
     def __len__(self): return 2     # as it unpacks
-    def __repr__(self): return self.table.to_string(index=False, float_format='{:.2f}'.format)
-    def _repr_html_(self): return self.table.to_html(index=False, float_format='{:.2f}'.format)
+    def _show(self, table): return table(index=False, float_format='{:.2f}'.format)
+    def __repr__(self): return '\n'.join([self._show(self.table.to_string), *self.notes])
+    def _repr_html_(self): return self._show(self.table.to_html) + ''.join(f'<p>{escape(n)}</p>' for n in self.notes)
     @property
     def student_layers(self): return self.table['student layer'].tolist()
     @property
@@ -101,6 +144,22 @@ class LayerPairs:
 def _with_parents(shapes):
     "All but the output, with the name of the block that each is part of"
     return shapes.iloc[:-1].assign(parent=shapes.layer.map(lambda n: n.rpartition('.')[0]))
+
+_left_out = {True:  'return (B, H, W, C), which losses on features would take for (B, C, H, W)',
+             False: 'return four axes, and which are height and width cannot be told, as they do not follow the images'}
+
+def _comparable(model, xb, who):
+    "The layers without maps that are not (B, C, H, W); texts on these, each with whether there are blocks among them"
+    shapes = _with_parents(layer_shapes(model, xb))
+    axes = _axes_of_width(model, xb, shapes)
+    left,notes = [r for r in shapes.itertuples() if axes.get(r.layer, {3}) != {3}],[]
+    for channels_last,why in _left_out.items():
+        found = [r for r in left if (axes[r.layer] == {2}) == channels_last and math.prod(r.shape[2:]) > 1]
+        blocks = [r for r in found if r.block]
+        if not found: continue
+        some = f'{len(found)} layers of the {who}, {(blocks or found)[0].layer!r} among them'
+        notes.append((f'{some}, are left out: they {why}.', bool(blocks)))
+    return shapes.drop([r.Index for r in left]),notes
 
 def _stages(shapes):
     "Of the block whose parts shrink the image the most often, the last part at each resolution; none where no image shrinks"
@@ -113,7 +172,9 @@ def _stages(shapes):
 
 def _repeated(shapes):
     "The parts of one block that are of the same kind, where they are most: the layers of a transformer or of a perceptron"
-    groups = [g for _,g in shapes.assign(ndim=shapes['shape'].map(len)).groupby(['parent','kind','ndim'], sort=False)]
+    shapes = shapes.assign(ndim=shapes['shape'].map(len))
+    groups = shapes.groupby(['parent','kind','ndim'], sort=False)
+    groups = [g for (*_,ndim),g in groups if len(g) > 1 or g.block.iloc[0] and ndim != 4]
     return max(groups, key=lambda g: (len(g) > 1 and g.block.iloc[0], len(g)), default=shapes[:0])
 
 def _others(shapes, row):
@@ -135,15 +196,23 @@ def match_layers(
     "Propose pairs of layers by resolution and depth, and what else is at each place; raises `ValueError` where nothing goes together"
     student,teacher = getattr(student, 'model', student),as_teacher(teacher)
     if not teacher.live: raise ValueError(f'Expected a network as the teacher, but {teacher} holds predictions only')
-    s,t = (_with_parents(layer_shapes(*o)) for o in ((student, x), (teacher.model, x if teacher.input_tfm is None else teacher.input_tfm(*_inputs(x)))))
-    pairs = _pairs(s, t) if len(s) and len(t) else []
-    if not pairs: raise ValueError('No layers of student and teacher go together: they have no resolution in common, and no blocks that repeat')
+    xb = _inputs(x)
+    xb_t = xb if teacher.input_tfm is None else _inputs(teacher.input_tfm(*xb))
+    (s,notes_s),(t,notes_t) = _comparable(student, xb, 'student'),_comparable(teacher.model, xb_t, 'teacher')
+    pairs,notes = _pairs(s, t) if len(s) and len(t) else [],notes_s + notes_t
+    if not pairs:
+        why = ('they have no resolution in common, and no blocks that repeat and return the same kind of features, '
+               'maps or sequences.')
+        raise ValueError(' '.join([f'No layers of student and teacher go together: {why}', *[n for n,_ in notes]]))
     row = [o.set_index('layer', drop=False).loc for o in (s,t)]
-    return LayerPairs(pd.DataFrame([_pair(row[0][a], row[1][b], s, t) for a,b in pairs]))
+    table = pd.DataFrame([_pair(row[0][a], row[1][b], s, t) for a,b in pairs])
+    return LayerPairs(table, [n for n,of_blocks in notes if of_blocks])
 
 def _pairs(s, t):
     both = _stages(s).merge(_stages(t), on='resolution', suffixes=('','_t'))
-    return list(zip(both.layer, both.layer_t)) or _spread(_repeated(s), _repeated(t))
+    if len(both): return list(zip(both.layer, both.layer_t))
+    s,t = _repeated(s),_repeated(t)
+    return _spread(s, t) if set(s['ndim']) == set(t['ndim']) else []
 
 def _spread(s, t):
     "As many pairs as the shorter has layers, at the same shares of the depth"
@@ -175,9 +244,11 @@ class _FirstBatch(Callback):
         "Norm of its gradient with respect to the student's weights"
         if not loss.requires_grad: return 0.
         grads = torch.autograd.grad(loss, [p for p in self.model.parameters() if p.requires_grad], retain_graph=True, allow_unused=True)
-        return math.sqrt(sum((g.float()**2).sum().item() for g in grads if g is not None))
+        return math.hypot(*[_norm_of(g) for g in grads if g is not None])
 
     def before_backward(self): raise CancelFitException()
+
+def _norm_of(g): return torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).item()
 
 def _adapted(m, s, t):
     "What happens to features of different shapes before they are compared"
@@ -222,17 +293,57 @@ def model_size(
     return dict(parameters=sum(p.numel() for p in model.parameters()), MB=sum(t.numel()*t.element_size() for t in itertools.chain(model.parameters(), model.buffers()))/1e6)
 
 # %% ../nbs/04_check.ipynb #e59b34f7
+class _TeacherAnswers(Callback):
+    "Put the teacher's answers in the place of the student's predictions, before other callbacks look at them"
+    order = -100
+    def __init__(self, teacher): self.teacher = teacher
+
+    def start(self, learn):
+        reset = any(isinstance(cb, ModelResetter) for cb in learn.cbs)
+        self.teacher.start(one_param(learn.model).device, reset)
+
+    def before_validate(self): self.start(self.learn)     # a recurrent model that was timed has a hidden state
+
+    def after_pred(self):
+        found = []
+        hook = self.teacher.model.register_forward_hook(lambda m, _, out: found.append(out))
+        try: logits = self.teacher(*self.xb)
+        finally: hook.remove()
+        self.learn.pred = _in_form(self.pred, logits, *found)
+
+def _in_form(pred, logits, out=None):
+    "The teacher's answer in the form of `pred`: `out` if it has this form, else the logits, other parts being `None`"
+    if isinstance(pred, Tensor): return logits
+    if type(out) is type(pred) and (not is_listy(pred) or len(out) == len(pred)): return out
+    if isinstance(pred, Mapping): return type(pred)(logits=logits)
+    if is_listy(pred):
+        parts = _in_form(pred[0], logits),*[None]*(len(pred)-1)
+        return type(pred)(*parts) if hasattr(pred, '_fields') else type(pred)(parts)
+    pred = copy(pred)
+    vars(pred).update(dict.fromkeys(vars(pred)), logits=logits)
+    return pred
+
 class _Right(Metric):
     "How many items of one class each are named right, and of how many"
     def reset(self): self.k,self.n,self.c = 0,0,0
     def accumulate(self, learn):
-        pred,y = get_logits(learn.pred),learn.y
-        if pred.ndim != 2 or not isinstance(y, Tensor) or y.ndim != 1 or y.is_floating_point(): return
-        self.k,self.n,self.c = self.k + (pred.argmax(1) == y).sum().item(),self.n + len(y),pred.shape[1]
+        logits = get_logits(learn.pred)
+        if logits.ndim != 2 or not isinstance(learn.y, Tensor): return
+        everywhere = learn.to_detach((logits, learn.y))     # those of the other processes, too
+        if (found := one_class_each(*everywhere, ignored_label(learn.loss_func))) is None: return
+        answer,y = found
+        self.k,self.n,self.c = self.k + (answer.argmax(1) == y).sum().item(),self.n + len(y),logits.shape[1]
     @property
     def value(self): return self.k,self.n,self.c
 
-def _better(name, a, b): return a < b if 'loss' in name or 'error' in name else a > b     # as fastai's TrackerCallback takes it
+# words in fastai's names; scikit-learn's end in `_score` where more is better, in `_loss` or `_error` where less is
+_less_is_better = {'loss','error','mae','mse','rmse','msle','rmspe','perplexity'}
+_more_is_better = {'score','accuracy','acc','dice','jaccard','corrcoef','pearsonr','spearmanr','bleu'}
+
+def _comp(name):
+    "`np.less` where less of a metric is better, `np.greater` where more is, `None` where its name does not tell"
+    words = set(re.split(r'[\W_]+', name.lower()))
+    return np.less if words & _less_is_better else np.greater if words & _more_is_better else None
 
 # %% ../nbs/04_check.ipynb #d43dff75
 class DistillCheck:
@@ -268,12 +379,13 @@ def distill_check(self:Learner,
     kd:KnowledgeDistillationCallback=None, # The callback that a fit would get; the one on the learner by default
     dl=None, # Where to compare teacher and student by the learner's metrics; `dls.valid` by default
     n:int=10, # Forward passes to time
+    comp=None, # For metrics whose names do not tell: `np.less` where less is better, `np.greater` where more is
 ) -> DistillCheck: # Shows itself as tables
     "Look at teacher, data, layers and weights before a fit, on one batch; nothing is trained, nothing changed. Raises what the fit would raise"
     if kd is None: kd = next((cb for cb in self.cbs if isinstance(cb, KnowledgeDistillationCallback)), None)
     if kd is None: raise ValueError('Expected a KnowledgeDistillationCallback, as an argument or on the learner, but got none')
     first,added = _FirstBatch(kd),[] if any(cb is kd for cb in self.cbs) else [kd]
-    with untouched(self), self.no_bar(): self.fit(1, cbs=[first, *added])
+    with untouched(self, kd, dl), self.no_bar(): self.fit(1, cbs=[first, *added])
     teacher,w,tw = kd.teacher,*_largest(kd)
     models,right = _compare_models(self, teacher, first.inputs, dl, n)
     terms = pd.DataFrame(first.rows)
@@ -283,7 +395,8 @@ def distill_check(self:Learner,
     columns = ['term','student layer','shape','teacher layer','shape ','adapted','loss','weight','weighted loss','gradient norm']
     terms = terms.reindex(columns=columns).fillna({c:'' for c in columns[1:6]})
     if no_better_than_chance(0, *right[1:]): first.concerns = [c for c in first.concerns if c not in first.guessing]     # the validation set can tell, and better
-    found = first.concerns + _of_models(models, right) + _of_depths(self, kd, first.inputs) + _of_weights(kd, w, tw, *first.norms)
+    found = first.concerns + _of_models(models, right, comp) + _of_depths(self, kd, first.inputs)
+    found += _of_weights(kd, w, tw, *first.norms)
     return DistillCheck(models, _compare_data(teacher.data, describe_data(self.dls)), terms, found)
 
 # %% ../nbs/04_check.ipynb #e232dbf9
@@ -295,25 +408,24 @@ def _largest(kd):
     return w,1-w if tw is None else tw
 
 def _compare_models(learn, teacher, xb, dl, n):
-    "Table of size, time and metrics of both; what share of the items the teacher names right"
-    rows,right = dict(teacher={}, student={}),(0,0,0)
-    with untouched(learn), learn.no_bar(), learn.removed_cbs([cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)]):
-        student,metrics = learn.model,learn.metrics
-        learn.model.eval()
-        rows['student'].update(model_size(student), **{'ms for a batch':np.median(time_forward(student, xb, n))})
-        names = ['valid_loss',*metrics.attrgot('name')]
-        if len(dl or learn.dls.valid): rows['student'].update(zip(names, learn.validate(dl=dl)))
+    "Table of size, time and metrics of both; how many items the teacher names right, of how many, of how many classes"
+    dl,rows,right = learn.dls.valid if dl is None else dl,dict(teacher={}, student={}),(0,0,0)
+    def measure(model, call): return {**model_size(model), 'ms for a batch':np.median(time_forward(call, xb, n))}
+    kds = [cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)]
+    with untouched(learn, dl), learn.no_bar(), learn.removed_cbs(kds):
+        names = ['valid_loss',*learn.metrics.attrgot('name')]
+        rows['student'] = measure(learn.model, learn.model.eval())
+        if len(dl): rows['student'].update(zip(names, learn.validate(dl=dl)))
         if not teacher.live: return pd.DataFrame(rows).T,right
-        teacher.start(one_param(student).device)
+        answers = _TeacherAnswers(teacher)
+        answers.start(learn)
         try:
-            rows['teacher'].update(model_size(teacher.model), **{'ms for a batch':np.median(time_forward(teacher, xb, n))})
-            learn.model,learn.metrics = TeacherModule(teacher),metrics + [_Right()]
-            if len(dl or learn.dls.valid):
-                *values,right = learn.validate(dl=dl)
+            rows['teacher'] = measure(teacher.model, teacher)
+            learn.metrics = learn.metrics + [_Right()]
+            if len(dl):
+                *values,right = learn.validate(dl=dl, cbs=answers)
                 rows['teacher'].update(zip(names, values))
-        finally:
-            learn.model = student
-            teacher.stop()
+        finally: teacher.stop()
     table = pd.DataFrame(rows).T
     table.loc['teacher / student'] = (table.loc['teacher']/table.loc['student']).where(table.columns.isin(['parameters','MB','ms for a batch']))
     return table,right
@@ -324,16 +436,18 @@ def _compare_data(teacher, student):
     same = ['not known' if k not in teacher or k not in student else 'yes' if alike(teacher[k], student[k]) else 'no' for k in keys]
     return pd.DataFrame(dict(teacher=[brief(teacher.get(k)) for k in keys], student=[brief(student.get(k)) for k in keys], same=same), index=keys)
 
-def _of_models(models, right):
+def _of_models(models, right, comp=None):
     "Concerns about the teacher on the validation set"
     k,n,c = right
     if no_better_than_chance(k, n, c): return [f'On the validation set the teacher names the class of {k} items of {n}, no more than guessing would: are its classes in another order, or does it expect '
                                                      'other inputs, which `Teacher(model, input_tfm=...)` can make?']
     if 'valid_loss' not in models or models.isna().loc['teacher','valid_loss']: return []
-    names = list(models.columns[models.columns.get_loc('valid_loss')+1:]) or ['valid_loss']     # the metrics decide, if there are any
+    metrics = models.columns[models.columns.get_loc('valid_loss')+1:]
+    better = {m:c for m in metrics if (c := _comp(m) or comp)} or {'valid_loss':np.less}
     t,s = models.loc['teacher'],models.loc['student']
-    if not all(_better(m, s[m], t[m]) for m in names): return []
-    return [f'The student is better than the teacher already ({", ".join(f"{m} {s[m]:.4g} against {t[m]:.4g}" for m in names)}): there may be little to learn from it']
+    if not all(c(s[m], t[m]) for m,c in better.items()): return []
+    shown = ', '.join(f'{m} {s[m]:.4g} against {t[m]:.4g}' for m in better)
+    return [f'The student is better than the teacher already ({shown}): there may be little to learn from it']
 
 def _of_depths(learn, kd, xb):
     "Concerns about pairs of layers that lie far apart"
@@ -359,7 +473,8 @@ def _of_weights(kd, w, tw, task, distill, most=30):
 # %% ../nbs/04_check.ipynb #68679a1f
 class WeightSearch:
     "What `weight_finder` has found: `table`, a row for each fit, and `suggestion`, the best weight and temperature by `monitor`"
-    def __init__(self, table, monitor): self.table,self.monitor = table,monitor
+    def __init__(self, table, monitor, comp=None):
+        self.table,self.monitor,self.comp = table,monitor,comp or _comp(monitor)
 
     @property
     def means(self): # DataFrame
@@ -371,7 +486,7 @@ class WeightSearch:
     def suggestion(self): # Dictionary
         "The best weight, and the best temperature if several were tried"
         best = self.means.reset_index(drop=True)
-        row = best.loc[best['mean'].idxmin() if 'loss' in self.monitor or 'error' in self.monitor else best['mean'].idxmax()]
+        row = best.loc[best['mean'].idxmin() if self.comp(0, 1) else best['mean'].idxmax()]
         return {k:float(row[k]) for k in ('weight','T') if k in row and not math.isnan(row[k])}
 
     def plot(self,
@@ -406,7 +521,8 @@ def weight_finder(self:Learner,
     n_epoch:int=1, # Epochs of `fit_one_cycle` for each
     lr:float=None, # Its maximum learning rate, the learner's by default
     seeds:int=1, # Fits of each value, with seeds 0, 1, ...
-    monitor:str=None, # Column to compare; the first metric by default, or `valid_loss` where there is none
+    monitor:str=None, # Column to compare; by default the first metric that can be judged, else `valid_loss`
+    comp=None, # `np.less` where less of `monitor` is better, `np.greater` where more is; by default its name tells
 ) -> WeightSearch: # Shows itself as a table, with a suggestion
     "Try weights, and temperatures, in short fits of the learner, which is left as it was"
     attached = [cb for cb in self.cbs if isinstance(cb, KnowledgeDistillationCallback)]
@@ -414,9 +530,13 @@ def weight_finder(self:Learner,
     kd = kd or attached[0]
     has_T = any(hasattr(m.loss, 'T') for m in kd.matches)
     if temperatures and not has_T: raise ValueError(f'{", ".join(map(str, kd.matches))}: no temperature to try')
-    monitor = monitor or next(iter(self.metrics.attrgot('name')), 'valid_loss')
-    known = ['train_loss','valid_loss',*self.metrics.attrgot('name')]
+    metrics = self.metrics.attrgot('name')
+    monitor = monitor or next((m for m in metrics if comp or _comp(m)), 'valid_loss')
+    known = ['train_loss','valid_loss',*metrics]
     if monitor not in known: raise ValueError(f'Expected monitor to be one of {", ".join(known)}, but got {monitor!r}')
+    if not (comp or _comp(monitor)):
+        raise ValueError(f'Expected comp=np.less or comp=np.greater: the name {monitor!r} does not tell '
+                         'whether less of it is better or more')
     tried = [(0., None)] + [(float(w), T) for T in temperatures or [None] for w in weights if w]
     trials,rows = [(w, T, s) for w,T in tried for s in range(seeds)],[]
     for w,T,s in progress_bar(trials, leave=False):
@@ -425,7 +545,7 @@ def weight_finder(self:Learner,
             for dl in getattr(self.dls, 'loaders', []): dl.rng = random.Random(s)     # which shuffles
             self.fit_one_cycle(n_epoch, lr, cbs=_with(kd, w, T))
             rows.append({'weight':w, **({'T':T} if temperatures else {}), 'seed':s, **dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))})
-    return WeightSearch(pd.DataFrame(rows), monitor)
+    return WeightSearch(pd.DataFrame(rows), monitor, comp)
 
 def _with(kd, weight, T):
     "The same callback with another weight and temperature; without weight the task has its own"
