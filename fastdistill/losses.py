@@ -136,15 +136,22 @@ def _check_targ(targ, student, axis):
         raise ValueError(f'Expected integer labels {tuple(ints)} or probabilities {tuple(student.shape)} for logits {tuple(student.shape)}, '
                          f'but got {"probabilities" if soft else "labels"} {tuple(targ.shape)}')
 
+def _class_labels(y, n):
+    "The class of each item and its share of the mean, 0 where the label is -100. Raise for other labels that are no class; on a GPU their share is NaN"
+    label,used = y.clamp(0, n-1),y != -100
+    wrong = used & (label != y)
+    if y.device.type == 'cpu' and wrong.any():   # to look at labels on a GPU would wait for it
+        raise ValueError(f'Expected labels from 0 to {n-1}, or -100 for items to leave out, but got {y[wrong].unique()[:5].tolist()}')
+    return label, (used/used.sum().clamp(min=1)).masked_fill(wrong, math.nan)
+
 def _labelled_rows(student, teacher, targ, axis):
     "Rows (n, C) of logits, the label of each and its share of the mean: an item with a soft target has a row for each label"
     _check_logits(student, teacher, axis)
     _check_targ(targ, student, axis)
     s,t = (x.movedim(axis, -1).flatten(0, -2) for x in (student,teacher))
     if not targ.is_floating_point():
-        y = targ.flatten().long()
-        used = (y != -100).to(s.dtype)
-        return s, t, y.clamp(min=0)[:,None], used/used.sum().clamp(min=1)
+        label,share = _class_labels(targ.flatten().long(), s.shape[1])
+        return s, t, label[:,None], share.to(s.dtype)
     y = targ.movedim(axis, -1).flatten(0, -2)
     i,label = y.nonzero(as_tuple=True)
     return s[i], t[i], label[:,None], (y[i,label]/len(y)).to(s.dtype)
@@ -176,7 +183,7 @@ class DecoupledKD(nn.Module):
         teacher:Tensor, # Teacher's logits, same shape
         targ:Tensor, # Integer labels, (B,) or (B, ...), or probabilities of the shape of the logits
     ) -> Tensor: # Scalar: averaged over the batch and, where there are any, the positions
-        "Raises `ValueError` when the shapes do not fit or when there are too few classes"
+        "Raises `ValueError` when the shapes do not fit, when a label is no class or when there are too few classes"
         if self.standardize:
             _check_logits(student, teacher, self.axis, least=3)
             student,teacher = (_zscore(x, self.axis) for x in (student,teacher))
@@ -211,7 +218,7 @@ class NormalizedKD(nn.Module):
         teacher:Tensor, # Teacher's logits, same shape
         targ:Tensor, # Integer labels, (B,) or (B, ...), or probabilities of the shape of the logits
     ) -> Tensor: # Scalar: averaged over the batch and, where there are any, the positions
-        "Raises `ValueError` when the shapes do not fit or when there are fewer than two classes"
+        "Raises `ValueError` when the shapes do not fit, when a label is no class or when there are fewer than two classes"
         s,t,label,share = _labelled_rows(student, teacher, targ, self.axis)
         of_label = F.softmax(t, 1).gather(1, label) * F.log_softmax(s, 1).gather(1, label)
         s,t = (_others(x, label)/self.T for x in (s,t))

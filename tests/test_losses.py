@@ -6,6 +6,7 @@ from scipy.special import softmax
 from torch import nn
 from torch.autograd import gradcheck
 import formulas as np_
+from fastdistill import losses
 from fastdistill.losses import *
 
 def randn(seed, *shape, dtype=torch.float64): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
@@ -263,6 +264,36 @@ def test_labels_to_ignore():
     for loss in (DecoupledKD(),NormalizedKD()):
         assert loss(s, t, y).item() == pytest.approx(loss(s[::2], t[::2], y[::2]).item())
         assert loss(s, t, torch.full((4,), -100)).item() == 0
+
+@pytest.mark.parametrize('label', [-1,255,5,-99,-101,2**40])
+@pytest.mark.parametrize('loss', [DecoupledKD(),DecoupledKD(standardize=True),NormalizedKD()], ids=repr)
+def test_labels_that_are_no_class(loss, label):
+    s,t = randn(0, 4, 5),randn(1, 4, 5)
+    with pytest.raises(ValueError, match=rf'labels from 0 to 4, or -100.*\[{label}\]'): loss(s, t, torch.tensor([1,-100,label,2]))
+    s,t = (x.view(1,4,5).movedim(1,-1) for x in (s,t))     # with positions
+    with pytest.raises(ValueError, match=rf'\[{label}\]'): loss(s, t, torch.tensor([[1,-100,label,2]]))
+
+@pytest.mark.parametrize('loss', [DecoupledKD(),NormalizedKD()], ids=repr)
+def test_small_types_of_labels(loss):
+    "255 is no class, and no -1 either, in a mask of bytes"
+    s,t,y = randn(0, 4, 5),randn(1, 4, 5),torch.tensor([1,0,4,2])
+    for dtype in (torch.uint8,torch.int8,torch.int32): assert loss(s, t, y.to(dtype)) == loss(s, t, y)
+    with pytest.raises(ValueError, match=r'\[255\]'): loss(s, t, torch.tensor([1,0,255,2], dtype=torch.uint8))
+
+def test_labels_on_a_gpu_are_not_looked_at():
+    "An index error would break the process's GPU and a look would wait for it: the loss of such a label is NaN, of the others what it was"
+    label,share = losses._class_labels(torch.tensor([1,-100,3]), 5)
+    assert label[[0,2]].tolist() == [1,3] and share.tolist() == [.5,0,.5]
+    with torch.device('meta'): y = torch.tensor([-1,255])
+    label,share = losses._class_labels(y, 5)     # as on a GPU: anything that looks at a number raises
+    assert label.shape == share.shape == (2,)
+    if torch.cuda.is_available():
+        s,t = (randn(i, 4, 5).cuda().requires_grad_() for i in range(2))
+        for loss in (DecoupledKD(),NormalizedKD()):
+            torch.cuda.set_sync_debug_mode('error')
+            try: val = loss(s, t, torch.tensor([1,-100,255,2], device='cuda'))
+            finally: torch.cuda.set_sync_debug_mode('default')
+            assert val.isnan()
 
 def test_two_classes():
     s,t,y = randn(0, 4, 2),randn(1, 4, 2),torch.tensor([0,1,1,0])
