@@ -39,6 +39,20 @@ def full_precision(
     def _inner(*args): return in_full_precision(loss, *args)
     return _inner
 
+# %% ../nbs/00_losses.ipynb #20d95c6a
+def _above_0(x):
+    "1 in the place of 0, and of what is too small to divide by in float32"
+    return torch.where(x > 1e-30, x, 1.)
+
+def _scaled(x, axis):
+    "`x` divided by the mean of its absolute values along `axis`, so that no square becomes 0 or infinite. For losses that ignore the scale"
+    return x / _above_0(x.detach().abs().mean(axis, keepdim=True))
+
+def _unit(x):
+    "Rows of length 1; those of length 0 stay"
+    x = _scaled(x, -1)
+    return x / _above_0(x.norm(dim=-1, keepdim=True))
+
 # %% ../nbs/00_losses.ipynb #23183d7a
 def _check_above(least, **options):
     "Raise unless each option is a number above `least`"
@@ -136,13 +150,13 @@ def _check_targ(targ, student, axis):
         raise ValueError(f'Expected integer labels {tuple(ints)} or probabilities {tuple(student.shape)} for logits {tuple(student.shape)}, '
                          f'but got {"probabilities" if soft else "labels"} {tuple(targ.shape)}')
 
-def _class_labels(y, n):
+def _class_labels(y, n, dtype):
     "The class of each item and its share of the mean, 0 where the label is -100. Raise for other labels that are no class; on a GPU their share is NaN"
     label,used = y.clamp(0, n-1),y != -100
     wrong = used & (label != y)
     if y.device.type == 'cpu' and wrong.any():   # to look at labels on a GPU would wait for it
         raise ValueError(f'Expected labels from 0 to {n-1}, or -100 for items to leave out, but got {y[wrong].unique()[:5].tolist()}')
-    return label, (used/used.sum().clamp(min=1)).masked_fill(wrong, math.nan)
+    return label, (used.to(dtype)/used.sum().clamp(min=1)).masked_fill(wrong, math.nan)
 
 def _labelled_rows(student, teacher, targ, axis):
     "Rows (n, C) of logits, the label of each and its share of the mean: an item with a soft target has a row for each label"
@@ -150,8 +164,8 @@ def _labelled_rows(student, teacher, targ, axis):
     _check_targ(targ, student, axis)
     s,t = (x.movedim(axis, -1).flatten(0, -2) for x in (student,teacher))
     if not targ.is_floating_point():
-        label,share = _class_labels(targ.flatten().long(), s.shape[1])
-        return s, t, label[:,None], share.to(s.dtype)
+        label,share = _class_labels(targ.flatten().long(), s.shape[1], s.dtype)
+        return s, t, label[:,None], share
     y = targ.movedim(axis, -1).flatten(0, -2)
     i,label = y.nonzero(as_tuple=True)
     return s[i], t[i], label[:,None], (y[i,label]/len(y)).to(s.dtype)
@@ -230,6 +244,7 @@ class NormalizedKD(nn.Module):
 # %% ../nbs/00_losses.ipynb #d11df8a9
 def _standard(x, axis):
     "Deviations from the mean, of norm 1; as they are where they are no more than rounding"
+    x = _scaled(x, axis)
     d = x - x.mean(axis, keepdim=True)
     norm = d.norm(dim=axis, keepdim=True)
     return d / torch.where(norm > 1e-6*x.norm(dim=axis, keepdim=True), norm, 1.)
@@ -349,9 +364,6 @@ def _aligned(student, teacher, *kinds):
                          'A trainable projector can map them: `Match(loss, ..., projector=True)`.')
     return _same_positions(student, teacher)
 
-def _above_0(x):
-    "1 in the place of 0, to divide by without a jump of the gradient"
-    return torch.where(x > 0, x, 1.)
 
 def _check_positions(x):
     "Raise unless there are positions to compare with each other"
@@ -472,8 +484,8 @@ class Cosine(nn.Module):
         fm_teacher:Tensor, # Teacher's features, of the same kind and channels
     ) -> Tensor: # Scalar: averaged over batch and positions
         "Raises `ValueError` when kinds or channels differ"
-        s,t = _aligned(fm_student, fm_teacher, 2, 3, 4)
-        axis = _channel_axis(s)
+        axis = _channel_axis(fm_student)
+        s,t = (_scaled(x, axis) for x in _aligned(fm_student, fm_teacher, 2, 3, 4))
         by_s,by_t = (_above_0(x.square().sum(axis)).rsqrt() for x in (s,t))     # 1 / length
         return 1 - ((s*t).sum(axis) * by_s * by_t).mean()
 
@@ -569,10 +581,6 @@ class ChannelWise(nn.Module):
     def extra_repr(self): return f'T={self.T}'
 
 # %% ../nbs/00_losses.ipynb #da8c1610
-def _unit(x):
-    "Rows of length 1; those of length 0 stay"
-    return x / _above_0(x.norm(dim=-1, keepdim=True))
-
 def _gram(x):
     "Inner products of all pairs of rows; as they are symmetric, one product of matrices will do for the gradient instead of two"
     g = x @ x.detach().T
@@ -614,6 +622,7 @@ class RKD(nn.Module):
         x:Tensor, # Vectors, (B, C)
     ) -> Tensor: # (B, B), in units of the mean of those above 0
         "Euclidean distances between all pairs of vectors"
+        x = _scaled(x, (0,1))
         d = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')
         return d / _above_0(d.sum() / (d > 0).sum().clamp(min=1))
 

@@ -216,6 +216,78 @@ def test_fastais_kinds_of_tensors():
     s,t,y = TensorImage(randn(0, 3, 5)),TensorImage(randn(1, 3, 5)),TensorCategory(torch.arange(3))
     assert type(DecoupledKD()(s, t, y)) is torch.Tensor and DecoupledKD()(s, t, y) == DecoupledKD()(*(x.as_subclass(torch.Tensor) for x in (s, t, y)))
 
+# --- tiny numbers ---
+
+def float32_and_64(loss, s, t, *targ):
+    "Value and gradient of each, of the same numbers"
+    for x in (s, s.double()):
+        x = x.detach().requires_grad_()
+        val = loss(x, t.to(x.dtype), *targ)
+        yield val.item(),torch.autograd.grad(val, x)[0].double()
+
+def same_as_float64(loss, s, t, *targ, rtol=1e-4):
+    (v,g),(w,h) = float32_and_64(loss, s, t, *targ)
+    assert g.isfinite().all() and v == pytest.approx(w, rel=rtol, abs=rtol)
+    torch.testing.assert_close(g, h, rtol=0, atol=rtol*h.abs().max().item() + 1e-20)     # Attention(3)'s is 0 in float32 below 1e-22
+    return g
+
+tiny = {'all': lambda s,x: s*x, 'one item': lambda s,x: torch.cat([s[:1]*x, s[1:]]), 'one position': lambda s,x: torch.cat([s[...,:1]*x, s[...,1:]], -1)}
+@pytest.mark.parametrize('where', tiny)
+@pytest.mark.parametrize('loss', [Cosine(),Similarity(),RKD(1,0),RKD(0,1),PKT(),Attention(),Attention(1),Attention(3)], ids=repr)
+@settings(deadline=None, max_examples=15)
+@given(power=st.floats(-28,-3), seed=seeds)
+def test_tiny_features(loss, where, power, seed):
+    "Where squares are 0 in float32"
+    s,t = (randn(seed+i, 3, 5, 4, 4, dtype=torch.float32) for i in range(2))
+    if isinstance(loss, Similarity): power = max(power, -14 if where == 'all' else -28)     # a product of two features has to be above 1e-30
+    x = 10**power
+    g = same_as_float64(loss, tiny[where](s, x), t, rtol=2e-3)
+    if where == 'all' and not isinstance(loss, Attention):     # the gradient of a loss that ignores the scale grows as the scale shrinks
+        _,(_,want) = float32_and_64(loss, s, t)
+        torch.testing.assert_close(g*x, want, rtol=0, atol=2e-3*want.abs().max().item())
+
+@settings(deadline=None, max_examples=40)
+@given(power=st.floats(-29,4), seed=seeds, kind=st.sampled_from([2,3,4]))
+def test_gradient_of_cosine_by_hand(power, seed, kind):
+    "Of a position: (cos(s,t) s/|s| - t/|t|)/|s|, divided by their number"
+    shape = {2:(3,5), 3:(3,4,5), 4:(3,5,2,2)}[kind]
+    s,t = randn(seed, *shape, dtype=torch.float32)*10**power,randn(seed+1, *shape, dtype=torch.float32)
+    (_,g),_ = float32_and_64(Cosine(), s, t)
+    a,b,g = map(np_.positions, np64(s, t, g))
+    length,unit = np.linalg.norm(a, axis=-1, keepdims=True),b/np.linalg.norm(b, axis=-1, keepdims=True)
+    cos = (a/length*unit).sum(-1, keepdims=True)
+    want = (cos*a/length - unit)/length/cos.size
+    np.testing.assert_allclose(g*length, want*length, rtol=0, atol=1e-6)
+
+def test_cosine_of_what_an_activation_leaves():
+    "softplus(-40) is 4e-18: the gradient of what goes in is of an ordinary size"
+    t = randn(1, 3, 5, dtype=torch.float32)
+    for x in (-20,-30,-40,-60):
+        before = randn(0, 3, 5, dtype=torch.float32) + x
+        g = same_as_float64(lambda s, t: Cosine()(torch.nn.functional.softplus(s), t), before, t)
+        assert 1e-3 < g.abs().max() < 1
+
+def test_what_is_0_or_nearly_has_an_ordinary_gradient():
+    for x in (0.,1e-31,1e-38,1e-45):
+        for loss in (Cosine(),Similarity(),RKD(),PKT()):
+            s = torch.full((3,5), x).requires_grad_()
+            g = torch.autograd.grad(loss(s, randn(0, 3, 5, dtype=torch.float32)), s)[0]
+            assert g.isfinite().all() and g.abs().max() < 100
+
+@pytest.mark.parametrize('down', [10,30,50,60])
+def test_dist_of_a_class_that_is_all_but_impossible(down):
+    "exp(-60) squared is 0 in float32"
+    s,t = randn(0, 4, 6, dtype=torch.float32),randn(1, 4, 6, dtype=torch.float32)
+    s[:,2] -= down
+    same_as_float64(DIST(1), s, t)
+    assert DIST(1)(s, t).item() == pytest.approx(np_.dist(*np64(s, t), 1, 1, 1), rel=1e-4)
+
+@settings(deadline=None, max_examples=30)
+@given(power=st.floats(-28,3), seed=seeds)
+def test_standardised_tiny_logits(power, seed):
+    s,t = randn(seed, 4, 6, dtype=torch.float32)*10**power,randn(seed+1, 4, 6, dtype=torch.float32)
+    for loss in (SoftTarget(2, standardize=True),DecoupledKD(standardize=True)): same_as_float64(loss, s, t, *labels(loss, torch.arange(4)), rtol=2e-3)
+
 # --- invariances that the papers claim ---
 
 @settings(deadline=None, max_examples=30)
@@ -282,10 +354,10 @@ def test_small_types_of_labels(loss):
 
 def test_labels_on_a_gpu_are_not_looked_at():
     "An index error would break the process's GPU and a look would wait for it: the loss of such a label is NaN, of the others what it was"
-    label,share = losses._class_labels(torch.tensor([1,-100,3]), 5)
+    label,share = losses._class_labels(torch.tensor([1,-100,3]), 5, torch.float64)
     assert label[[0,2]].tolist() == [1,3] and share.tolist() == [.5,0,.5]
     with torch.device('meta'): y = torch.tensor([-1,255])
-    label,share = losses._class_labels(y, 5)     # as on a GPU: anything that looks at a number raises
+    label,share = losses._class_labels(y, 5, torch.float32)     # as on a GPU: anything that looks at a number raises
     assert label.shape == share.shape == (2,)
     if torch.cuda.is_available():
         s,t = (randn(i, 4, 5).cuda().requires_grad_() for i in range(2))
