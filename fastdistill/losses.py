@@ -394,7 +394,7 @@ class Attention(nn.Module):
     ) -> Tensor: # Scalar: averaged over batch and positions
         "Raises `ValueError` when one of the two is no feature map, when the batches differ and for maps of a single position"
         _check_features(fm_student, fm_teacher, 4)
-        s,t = _same_positions(*map(self.attention_map, (fm_student,fm_teacher)))
+        s,t = map(self.attention_map, _same_positions(fm_student, fm_teacher))
         _check_positions(s)
         return F.mse_loss(*(F.normalize(m.flatten(1)) for m in (s,t)))
 
@@ -494,7 +494,7 @@ class ActivationBoundaries(nn.Module):
     "Squared distance to the margin of neurons that are not as active as the teacher's, before the activation ([Heo 2019](https://arxiv.org/abs/1811.03233))"
     on_features = True
     def __init__(self,
-        margin:float=2., # How far from 0 a neuron should be, in units of the features
+        margin:float=1., # How far from 0 a neuron should be, in units of the features
     ):
         _check_at_least(0, margin=margin)
         super().__init__()

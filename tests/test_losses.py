@@ -67,7 +67,8 @@ on_features = {   # loss, formula, kinds of features by their number of axes, sa
     'Attention, p=3':       (lambda: Attention(3), lambda s,t: np_.attention(s, t, 3), (4,), False),
     'FitNet':               (lambda: FitNet(), np_.fitnet, (2,3,4), True),
     'Cosine':               (lambda: Cosine(), np_.cosine, (2,3,4), True),
-    'ActivationBoundaries': (lambda: ActivationBoundaries(1.5), lambda s,t: np_.activation_boundaries(s, t, 1.5), (2,3,4), True),
+    'ActivationBoundaries': (lambda: ActivationBoundaries(), lambda s,t: np_.activation_boundaries(s, t, 1), (2,3,4), True),
+    'ActivationBoundaries, margin 1.5': (lambda: ActivationBoundaries(1.5), lambda s,t: np_.activation_boundaries(s, t, 1.5), (2,3,4), True),
     'ChannelWise':          (lambda: ChannelWise(3), lambda s,t: np_.channel_wise(s, t, 3), (3,4), True),
     'Similarity':           (lambda: Similarity(), np_.similarity, (2,3,4), False),
     'RKD, distance':        (lambda: RKD(7, 0), lambda s,t: 7*np_.rkd_distance(s, t), (2,3,4), False),
@@ -92,6 +93,25 @@ def test_on_features_equal_the_formula(name, d, seed, dtype):
     if name=='PKT': assume(min(x[2 if len(x)==3 else 1] for x in (a,b)) > 2)     # opposite vectors: the logarithm of little more than eps
     s,t = randn(seed, *a, dtype=dtype),randn(seed+1, *b, dtype=dtype)
     check(make()(s, t), formula(*np64(s, t)), dtype, scale=30)
+
+def test_attention_pools_the_features_first():
+    "Features of opposite signs cancel where they are pooled: one in the corner is left"
+    s = torch.tensor([[1.,-1.,2.,0.],[1.,-1.,0.,0.]], dtype=torch.float64).view(1,1,2,4)
+    same,corner = torch.tensor([[1.,1.]]).double().view(1,1,1,2),torch.tensor([[0.,1.]]).double().view(1,1,1,2)
+    for x in (s,s.mT):
+        a,b = (same,corner) if x is s else (same.mT,corner.mT)
+        assert Attention()(x, b) == 0 == Attention()(b, x)
+        assert Attention()(x, a).item() == pytest.approx((1/2 + (1-1/2**.5)**2)/2)
+
+def test_gradient_of_attention_at_other_sizes():
+    "By differences of the formula, for whichever is larger"
+    def grad(f, x, d=1e-6):
+        def at(i, d): y = x.copy(); y.flat[i] += d; return f(y)
+        return np.array([(at(i, d)-at(i, -d))/(2*d) for i in range(x.size)]).reshape(x.shape)
+    for a,b in (((2,3,4,4),(2,5,2,2)), ((2,3,2,2),(2,2,5,3)), ((1,2,4,2),(1,2,2,4))):
+        s,t = randn(0, *a).requires_grad_(),randn(1, *b)
+        Attention()(s, t).backward()
+        np.testing.assert_allclose(s.grad, grad(lambda x: np_.attention(x, t.numpy(), 2), s.detach().numpy()), atol=1e-8)
 
 @settings(deadline=None, max_examples=40)
 @given(st.data(), seeds, dtypes)
