@@ -1,4 +1,5 @@
 "Losses against the formulas of the papers in NumPy, and properties over random shapes and values."
+from copy import deepcopy
 import numpy as np
 import pytest, torch
 from hypothesis import assume, given, settings, strategies as st
@@ -307,6 +308,44 @@ def test_dist_of_a_class_that_is_all_but_impossible(down):
 def test_standardised_tiny_logits(power, seed):
     s,t = randn(seed, 4, 6, dtype=torch.float32)*10**power,randn(seed+1, 4, 6, dtype=torch.float32)
     for loss in (SoftTarget(2, standardize=True),DecoupledKD(standardize=True)): same_as_float64(loss, s, t, *labels(loss, torch.arange(4)), rtol=2e-3)
+
+# --- float64 ---
+
+@pytest.fixture(params=[torch.float32,torch.float64], ids=str)
+def default_dtype(request):
+    "PyTorch's default for new tensors"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+@pytest.mark.parametrize('soft', [False,True], ids=['classes','probabilities'])
+@pytest.mark.parametrize('loss', every + [TeacherBounded()], ids=repr)
+def test_float64_equals_float32(loss, soft, default_dtype):
+    "Values and gradients, those of what is trained included, whatever the default; each in its own type"
+    if soft and not hasattr(loss, 'needs_targ'): return
+    s,t,found = randn(0, *shapes(loss)[0]),randn(1, *shapes(loss)[1]),[]
+    y = randn(2, 3, 5).softmax(1) if soft or isinstance(loss, TeacherBounded) else torch.arange(3)
+    weights = built(deepcopy(loss), s.float(), t.float()).state_dict()
+    for dtype in (torch.float32,torch.float64):
+        x = built(deepcopy(loss), s.to(dtype), t.to(dtype))
+        x.load_state_dict(weights)
+        a = s.to(dtype).requires_grad_()
+        val = x(a, t.to(dtype), *labels(loss, y.to(dtype) if y.is_floating_point() else y))
+        grads = torch.autograd.grad(val, [a, *x.parameters()])
+        assert all(o.dtype == dtype for o in (val, *grads, *x.parameters()))
+        found.append((val.detach().double(), *(g.double() for g in grads)))
+    for a,b in zip(*found, strict=True): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5*max(1, b.abs().max().item()))
+
+@pytest.mark.parametrize('loss', every, ids=repr)
+@pytest.mark.parametrize('student,teacher', [(torch.float32,torch.float64),(torch.float64,torch.float32),(torch.float16,torch.float64)])
+def test_a_teacher_of_another_precision(loss, student, teacher):
+    "The gradient is in the student's"
+    s,t = randn(0, *shapes(loss)[0]).to(student),randn(1, *shapes(loss)[1]).to(teacher)
+    x = built(loss, s.to(torch.promote_types(student, torch.float32)), t)
+    val = x(s.requires_grad_(), t, *labels(loss, torch.arange(3)))
+    g, = torch.autograd.grad(val, s)
+    assert val.isfinite() and g.dtype == student and g.isfinite().all()
 
 # --- invariances that the papers claim ---
 
