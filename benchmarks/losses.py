@@ -20,7 +20,7 @@ def features(loss, layers, *weights, **kwargs): return {(loss,w):dict(loss=Match
 grid = {**share(SoftTarget(T=4), .5, .9), **share(SoftTarget(T=10), .5, .9), **add(SoftTarget(T=2, standardize=True), 1., 10.), **add(Logits(), .1, 1.),
         **share(HardTarget(), .5, .9), **add(DecoupledKD(T=4, alpha=1, beta=2), .1, 1.), **add(DecoupledKD(), .1, 1.), **add(NormalizedKD(), .1, 1.), **add(DIST(), .2, 2.),
         **features(Attention(), stages, 10., 1000.), **features(FitNet(), stages[1:2], 1., 100.), **features(Cosine(), stages[1:2], .1, 1., projector=True),
-        **features(ActivationBoundaries(), before_relu, .1, 1., projector=True), **features(VID(), stages, .1, 1.), **features(ChannelWise(), stages, .1, 1., projector=True),
+        **features(ActivationBoundaries(margin=2.), before_relu, .1, 1., projector=True), **features(VID(), stages, .1, 1.), **features(ChannelWise(), stages, .1, 1., projector=True),
         **features(Similarity(), stages[2:], 30., 3000.), **features(RKD(), stages[2:], .1, 1.), **features(PKT(), stages[2:], 300., 30000.)}
 seeds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
 def named(loss, weight): return f'{loss!r}, weight {weight:g}'

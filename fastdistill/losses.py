@@ -39,6 +39,20 @@ def full_precision(
     def _inner(*args): return in_full_precision(loss, *args)
     return _inner
 
+# %% ../nbs/00_losses.ipynb #20d95c6a
+def _above_0(x):
+    "1 in the place of 0, and of what is too small to divide by in float32"
+    return torch.where(x > 1e-30, x, 1.)
+
+def _scaled(x, axis):
+    "`x` divided by the mean of its absolute values along `axis`, so that no square becomes 0 or infinite. For losses that ignore the scale"
+    return x / _above_0(x.detach().abs().mean(axis, keepdim=True))
+
+def _unit(x):
+    "Rows of length 1; those of length 0 stay"
+    x = _scaled(x, -1)
+    return x / _above_0(x.norm(dim=-1, keepdim=True))
+
 # %% ../nbs/00_losses.ipynb #23183d7a
 def _check_above(least, **options):
     "Raise unless each option is a number above `least`"
@@ -136,15 +150,22 @@ def _check_targ(targ, student, axis):
         raise ValueError(f'Expected integer labels {tuple(ints)} or probabilities {tuple(student.shape)} for logits {tuple(student.shape)}, '
                          f'but got {"probabilities" if soft else "labels"} {tuple(targ.shape)}')
 
+def _class_labels(y, n, dtype):
+    "The class of each item and its share of the mean, 0 where the label is -100. Raise for other labels that are no class; on a GPU their share is NaN"
+    label,used = y.clamp(0, n-1),y != -100
+    wrong = used & (label != y)
+    if y.device.type == 'cpu' and wrong.any():   # to look at labels on a GPU would wait for it
+        raise ValueError(f'Expected labels from 0 to {n-1}, or -100 for items to leave out, but got {y[wrong].unique()[:5].tolist()}')
+    return label, (used.to(dtype)/used.sum().clamp(min=1)).masked_fill(wrong, math.nan)
+
 def _labelled_rows(student, teacher, targ, axis):
     "Rows (n, C) of logits, the label of each and its share of the mean: an item with a soft target has a row for each label"
     _check_logits(student, teacher, axis)
     _check_targ(targ, student, axis)
     s,t = (x.movedim(axis, -1).flatten(0, -2) for x in (student,teacher))
     if not targ.is_floating_point():
-        y = targ.flatten().long()
-        used = (y != -100).to(s.dtype)
-        return s, t, y.clamp(min=0)[:,None], used/used.sum().clamp(min=1)
+        label,share = _class_labels(targ.flatten().long(), s.shape[1], s.dtype)
+        return s, t, label[:,None], share
     y = targ.movedim(axis, -1).flatten(0, -2)
     i,label = y.nonzero(as_tuple=True)
     return s[i], t[i], label[:,None], (y[i,label]/len(y)).to(s.dtype)
@@ -176,7 +197,7 @@ class DecoupledKD(nn.Module):
         teacher:Tensor, # Teacher's logits, same shape
         targ:Tensor, # Integer labels, (B,) or (B, ...), or probabilities of the shape of the logits
     ) -> Tensor: # Scalar: averaged over the batch and, where there are any, the positions
-        "Raises `ValueError` when the shapes do not fit or when there are too few classes"
+        "Raises `ValueError` when the shapes do not fit, when a label is no class or when there are too few classes"
         if self.standardize:
             _check_logits(student, teacher, self.axis, least=3)
             student,teacher = (_zscore(x, self.axis) for x in (student,teacher))
@@ -211,7 +232,7 @@ class NormalizedKD(nn.Module):
         teacher:Tensor, # Teacher's logits, same shape
         targ:Tensor, # Integer labels, (B,) or (B, ...), or probabilities of the shape of the logits
     ) -> Tensor: # Scalar: averaged over the batch and, where there are any, the positions
-        "Raises `ValueError` when the shapes do not fit or when there are fewer than two classes"
+        "Raises `ValueError` when the shapes do not fit, when a label is no class or when there are fewer than two classes"
         s,t,label,share = _labelled_rows(student, teacher, targ, self.axis)
         of_label = F.softmax(t, 1).gather(1, label) * F.log_softmax(s, 1).gather(1, label)
         s,t = (_others(x, label)/self.T for x in (s,t))
@@ -223,6 +244,7 @@ class NormalizedKD(nn.Module):
 # %% ../nbs/00_losses.ipynb #d11df8a9
 def _standard(x, axis):
     "Deviations from the mean, of norm 1; as they are where they are no more than rounding"
+    x = _scaled(x, axis)
     d = x - x.mean(axis, keepdim=True)
     norm = d.norm(dim=axis, keepdim=True)
     return d / torch.where(norm > 1e-6*x.norm(dim=axis, keepdim=True), norm, 1.)
@@ -342,9 +364,6 @@ def _aligned(student, teacher, *kinds):
                          'A trainable projector can map them: `Match(loss, ..., projector=True)`.')
     return _same_positions(student, teacher)
 
-def _above_0(x):
-    "1 in the place of 0, to divide by without a jump of the gradient"
-    return torch.where(x > 0, x, 1.)
 
 def _check_positions(x):
     "Raise unless there are positions to compare with each other"
@@ -375,7 +394,7 @@ class Attention(nn.Module):
     ) -> Tensor: # Scalar: averaged over batch and positions
         "Raises `ValueError` when one of the two is no feature map, when the batches differ and for maps of a single position"
         _check_features(fm_student, fm_teacher, 4)
-        s,t = _same_positions(*map(self.attention_map, (fm_student,fm_teacher)))
+        s,t = map(self.attention_map, _same_positions(fm_student, fm_teacher))
         _check_positions(s)
         return F.mse_loss(*(F.normalize(m.flatten(1)) for m in (s,t)))
 
@@ -466,8 +485,8 @@ class Cosine(nn.Module):
         fm_teacher:Tensor, # Teacher's features, of the same kind and channels
     ) -> Tensor: # Scalar: averaged over batch and positions
         "Raises `ValueError` when kinds or channels differ"
-        s,t = _aligned(fm_student, fm_teacher, 2, 3, 4)
-        axis = _channel_axis(s)
+        axis = _channel_axis(fm_student)
+        s,t = (_scaled(x, axis) for x in _aligned(fm_student, fm_teacher, 2, 3, 4))
         by_s,by_t = (_above_0(x.square().sum(axis)).rsqrt() for x in (s,t))     # 1 / length
         return 1 - ((s*t).sum(axis) * by_s * by_t).mean()
 
@@ -476,7 +495,7 @@ class ActivationBoundaries(nn.Module):
     "Squared distance to the margin of neurons that are not as active as the teacher's, before the activation ([Heo 2019](https://arxiv.org/abs/1811.03233))"
     on_features = True
     def __init__(self,
-        margin:float=2., # How far from 0 a neuron should be, in units of the features
+        margin:float=1., # How far from 0 a neuron should be, in units of the features
     ):
         _check_at_least(0, margin=margin)
         super().__init__()
@@ -563,10 +582,6 @@ class ChannelWise(nn.Module):
     def extra_repr(self): return f'T={self.T}'
 
 # %% ../nbs/00_losses.ipynb #da8c1610
-def _unit(x):
-    "Rows of length 1; those of length 0 stay"
-    return x / _above_0(x.norm(dim=-1, keepdim=True))
-
 def _gram(x):
     "Inner products of all pairs of rows; as they are symmetric, one product of matrices will do for the gradient instead of two"
     g = x @ x.detach().T
@@ -608,6 +623,7 @@ class RKD(nn.Module):
         x:Tensor, # Vectors, (B, C)
     ) -> Tensor: # (B, B), in units of the mean of those above 0
         "Euclidean distances between all pairs of vectors"
+        x = _scaled(x, (0,1))
         d = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')
         return d / _above_0(d.sum() / (d > 0).sum().clamp(min=1))
 

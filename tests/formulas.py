@@ -77,7 +77,8 @@ def positions(x):
     return x if x.ndim == 3 else np.moveaxis(x.reshape(*x.shape[:2], -1), 1, 2)
 
 def attention(s, t, p):
-    a,b = same_size(*((np.abs(x)**p).mean(1, keepdims=True) for x in (s,t)))
+    "The larger features are pooled, then squared"
+    a,b = ((np.abs(x)**p).mean(1) for x in same_size(s, t))
     def unit(m): return m.ravel()/max(np.sqrt((m**2).sum()), 1e-12)
     return np.mean([(unit(m)-unit(n))**2 for m,n in zip(a, b)])
 

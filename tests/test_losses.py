@@ -1,4 +1,5 @@
 "Losses against the formulas of the papers in NumPy, and properties over random shapes and values."
+from copy import deepcopy
 import numpy as np
 import pytest, torch
 from hypothesis import assume, given, settings, strategies as st
@@ -6,6 +7,7 @@ from scipy.special import softmax
 from torch import nn
 from torch.autograd import gradcheck
 import formulas as np_
+from fastdistill import losses
 from fastdistill.losses import *
 
 def randn(seed, *shape, dtype=torch.float64): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
@@ -66,7 +68,8 @@ on_features = {   # loss, formula, kinds of features by their number of axes, sa
     'Attention, p=3':       (lambda: Attention(3), lambda s,t: np_.attention(s, t, 3), (4,), False),
     'FitNet':               (lambda: FitNet(), np_.fitnet, (2,3,4), True),
     'Cosine':               (lambda: Cosine(), np_.cosine, (2,3,4), True),
-    'ActivationBoundaries': (lambda: ActivationBoundaries(1.5), lambda s,t: np_.activation_boundaries(s, t, 1.5), (2,3,4), True),
+    'ActivationBoundaries': (lambda: ActivationBoundaries(), lambda s,t: np_.activation_boundaries(s, t, 1), (2,3,4), True),
+    'ActivationBoundaries, margin 1.5': (lambda: ActivationBoundaries(1.5), lambda s,t: np_.activation_boundaries(s, t, 1.5), (2,3,4), True),
     'ChannelWise':          (lambda: ChannelWise(3), lambda s,t: np_.channel_wise(s, t, 3), (3,4), True),
     'Similarity':           (lambda: Similarity(), np_.similarity, (2,3,4), False),
     'RKD, distance':        (lambda: RKD(7, 0), lambda s,t: 7*np_.rkd_distance(s, t), (2,3,4), False),
@@ -91,6 +94,25 @@ def test_on_features_equal_the_formula(name, d, seed, dtype):
     if name=='PKT': assume(min(x[2 if len(x)==3 else 1] for x in (a,b)) > 2)     # opposite vectors: the logarithm of little more than eps
     s,t = randn(seed, *a, dtype=dtype),randn(seed+1, *b, dtype=dtype)
     check(make()(s, t), formula(*np64(s, t)), dtype, scale=30)
+
+def test_attention_pools_the_features_first():
+    "Features of opposite signs cancel where they are pooled: one in the corner is left"
+    s = torch.tensor([[1.,-1.,2.,0.],[1.,-1.,0.,0.]], dtype=torch.float64).view(1,1,2,4)
+    same,corner = torch.tensor([[1.,1.]]).double().view(1,1,1,2),torch.tensor([[0.,1.]]).double().view(1,1,1,2)
+    for x in (s,s.mT):
+        a,b = (same,corner) if x is s else (same.mT,corner.mT)
+        assert Attention()(x, b) == 0 == Attention()(b, x)
+        assert Attention()(x, a).item() == pytest.approx((1/2 + (1-1/2**.5)**2)/2)
+
+def test_gradient_of_attention_at_other_sizes():
+    "By differences of the formula, for whichever is larger"
+    def grad(f, x, d=1e-6):
+        def at(i, d): y = x.copy(); y.flat[i] += d; return f(y)
+        return np.array([(at(i, d)-at(i, -d))/(2*d) for i in range(x.size)]).reshape(x.shape)
+    for a,b in (((2,3,4,4),(2,5,2,2)), ((2,3,2,2),(2,2,5,3)), ((1,2,4,2),(1,2,2,4))):
+        s,t = randn(0, *a).requires_grad_(),randn(1, *b)
+        Attention()(s, t).backward()
+        np.testing.assert_allclose(s.grad, grad(lambda x: np_.attention(x, t.numpy(), 2), s.detach().numpy()), atol=1e-8)
 
 @settings(deadline=None, max_examples=40)
 @given(st.data(), seeds, dtypes)
@@ -215,6 +237,116 @@ def test_fastais_kinds_of_tensors():
     s,t,y = TensorImage(randn(0, 3, 5)),TensorImage(randn(1, 3, 5)),TensorCategory(torch.arange(3))
     assert type(DecoupledKD()(s, t, y)) is torch.Tensor and DecoupledKD()(s, t, y) == DecoupledKD()(*(x.as_subclass(torch.Tensor) for x in (s, t, y)))
 
+# --- tiny numbers ---
+
+def float32_and_64(loss, s, t, *targ):
+    "Value and gradient of each, of the same numbers"
+    for x in (s, s.double()):
+        x = x.detach().requires_grad_()
+        val = loss(x, t.to(x.dtype), *targ)
+        yield val.item(),torch.autograd.grad(val, x)[0].double()
+
+def same_as_float64(loss, s, t, *targ, rtol=1e-4):
+    (v,g),(w,h) = float32_and_64(loss, s, t, *targ)
+    assert g.isfinite().all() and v == pytest.approx(w, rel=rtol, abs=rtol)
+    torch.testing.assert_close(g, h, rtol=0, atol=rtol*h.abs().max().item() + 1e-20)     # Attention(3)'s is 0 in float32 below 1e-22
+    return g
+
+tiny = {'all': lambda s,x: s*x, 'one item': lambda s,x: torch.cat([s[:1]*x, s[1:]]), 'one position': lambda s,x: torch.cat([s[...,:1]*x, s[...,1:]], -1)}
+@pytest.mark.parametrize('where', tiny)
+@pytest.mark.parametrize('loss', [Cosine(),Similarity(),RKD(1,0),RKD(0,1),PKT(),Attention(),Attention(1),Attention(3)], ids=repr)
+@settings(deadline=None, max_examples=15)
+@given(power=st.floats(-28,-3), seed=seeds)
+def test_tiny_features(loss, where, power, seed):
+    "Where squares are 0 in float32"
+    s,t = (randn(seed+i, 3, 5, 4, 4, dtype=torch.float32) for i in range(2))
+    if isinstance(loss, Similarity): power = max(power, -14 if where == 'all' else -28)     # a product of two features has to be above 1e-30
+    x = 10**power
+    g = same_as_float64(loss, tiny[where](s, x), t, rtol=2e-3)
+    if where == 'all' and not isinstance(loss, Attention):     # the gradient of a loss that ignores the scale grows as the scale shrinks
+        _,(_,want) = float32_and_64(loss, s, t)
+        torch.testing.assert_close(g*x, want, rtol=0, atol=2e-3*want.abs().max().item())
+
+@settings(deadline=None, max_examples=40)
+@given(power=st.floats(-29,4), seed=seeds, kind=st.sampled_from([2,3,4]))
+def test_gradient_of_cosine_by_hand(power, seed, kind):
+    "Of a position: (cos(s,t) s/|s| - t/|t|)/|s|, divided by their number"
+    shape = {2:(3,5), 3:(3,4,5), 4:(3,5,2,2)}[kind]
+    s,t = randn(seed, *shape, dtype=torch.float32)*10**power,randn(seed+1, *shape, dtype=torch.float32)
+    (_,g),_ = float32_and_64(Cosine(), s, t)
+    a,b,g = map(np_.positions, np64(s, t, g))
+    length,unit = np.linalg.norm(a, axis=-1, keepdims=True),b/np.linalg.norm(b, axis=-1, keepdims=True)
+    cos = (a/length*unit).sum(-1, keepdims=True)
+    want = (cos*a/length - unit)/length/cos.size
+    np.testing.assert_allclose(g*length, want*length, rtol=0, atol=1e-6)
+
+def test_cosine_of_what_an_activation_leaves():
+    "softplus(-40) is 4e-18: the gradient of what goes in is of an ordinary size"
+    t = randn(1, 3, 5, dtype=torch.float32)
+    for x in (-20,-30,-40,-60):
+        before = randn(0, 3, 5, dtype=torch.float32) + x
+        g = same_as_float64(lambda s, t: Cosine()(torch.nn.functional.softplus(s), t), before, t)
+        assert 1e-3 < g.abs().max() < 1
+
+def test_what_is_0_or_nearly_has_an_ordinary_gradient():
+    for x in (0.,1e-31,1e-38,1e-45):
+        for loss in (Cosine(),Similarity(),RKD(),PKT()):
+            s = torch.full((3,5), x).requires_grad_()
+            g = torch.autograd.grad(loss(s, randn(0, 3, 5, dtype=torch.float32)), s)[0]
+            assert g.isfinite().all() and g.abs().max() < 100
+
+@pytest.mark.parametrize('down', [10,30,50,60])
+def test_dist_of_a_class_that_is_all_but_impossible(down):
+    "exp(-60) squared is 0 in float32"
+    s,t = randn(0, 4, 6, dtype=torch.float32),randn(1, 4, 6, dtype=torch.float32)
+    s[:,2] -= down
+    same_as_float64(DIST(1), s, t)
+    assert DIST(1)(s, t).item() == pytest.approx(np_.dist(*np64(s, t), 1, 1, 1), rel=1e-4)
+
+@settings(deadline=None, max_examples=30)
+@given(power=st.floats(-28,3), seed=seeds)
+def test_standardised_tiny_logits(power, seed):
+    s,t = randn(seed, 4, 6, dtype=torch.float32)*10**power,randn(seed+1, 4, 6, dtype=torch.float32)
+    for loss in (SoftTarget(2, standardize=True),DecoupledKD(standardize=True)): same_as_float64(loss, s, t, *labels(loss, torch.arange(4)), rtol=2e-3)
+
+# --- float64 ---
+
+@pytest.fixture(params=[torch.float32,torch.float64], ids=str)
+def default_dtype(request):
+    "PyTorch's default for new tensors"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+@pytest.mark.parametrize('soft', [False,True], ids=['classes','probabilities'])
+@pytest.mark.parametrize('loss', every + [TeacherBounded()], ids=repr)
+def test_float64_equals_float32(loss, soft, default_dtype):
+    "Values and gradients, those of what is trained included, whatever the default; each in its own type"
+    if soft and not hasattr(loss, 'needs_targ'): return
+    s,t,found = randn(0, *shapes(loss)[0]),randn(1, *shapes(loss)[1]),[]
+    y = randn(2, 3, 5).softmax(1) if soft or isinstance(loss, TeacherBounded) else torch.arange(3)
+    weights = built(deepcopy(loss), s.float(), t.float()).state_dict()
+    for dtype in (torch.float32,torch.float64):
+        x = built(deepcopy(loss), s.to(dtype), t.to(dtype))
+        x.load_state_dict(weights)
+        a = s.to(dtype).requires_grad_()
+        val = x(a, t.to(dtype), *labels(loss, y.to(dtype) if y.is_floating_point() else y))
+        grads = torch.autograd.grad(val, [a, *x.parameters()])
+        assert all(o.dtype == dtype for o in (val, *grads, *x.parameters()))
+        found.append((val.detach().double(), *(g.double() for g in grads)))
+    for a,b in zip(*found, strict=True): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5*max(1, b.abs().max().item()))
+
+@pytest.mark.parametrize('loss', every, ids=repr)
+@pytest.mark.parametrize('student,teacher', [(torch.float32,torch.float64),(torch.float64,torch.float32),(torch.float16,torch.float64)])
+def test_a_teacher_of_another_precision(loss, student, teacher):
+    "The gradient is in the student's"
+    s,t = randn(0, *shapes(loss)[0]).to(student),randn(1, *shapes(loss)[1]).to(teacher)
+    x = built(loss, s.to(torch.promote_types(student, torch.float32)), t)
+    val = x(s.requires_grad_(), t, *labels(loss, torch.arange(3)))
+    g, = torch.autograd.grad(val, s)
+    assert val.isfinite() and g.dtype == student and g.isfinite().all()
+
 # --- invariances that the papers claim ---
 
 @settings(deadline=None, max_examples=30)
@@ -263,6 +395,36 @@ def test_labels_to_ignore():
     for loss in (DecoupledKD(),NormalizedKD()):
         assert loss(s, t, y).item() == pytest.approx(loss(s[::2], t[::2], y[::2]).item())
         assert loss(s, t, torch.full((4,), -100)).item() == 0
+
+@pytest.mark.parametrize('label', [-1,255,5,-99,-101,2**40])
+@pytest.mark.parametrize('loss', [DecoupledKD(),DecoupledKD(standardize=True),NormalizedKD()], ids=repr)
+def test_labels_that_are_no_class(loss, label):
+    s,t = randn(0, 4, 5),randn(1, 4, 5)
+    with pytest.raises(ValueError, match=rf'labels from 0 to 4, or -100.*\[{label}\]'): loss(s, t, torch.tensor([1,-100,label,2]))
+    s,t = (x.view(1,4,5).movedim(1,-1) for x in (s,t))     # with positions
+    with pytest.raises(ValueError, match=rf'\[{label}\]'): loss(s, t, torch.tensor([[1,-100,label,2]]))
+
+@pytest.mark.parametrize('loss', [DecoupledKD(),NormalizedKD()], ids=repr)
+def test_small_types_of_labels(loss):
+    "255 is no class, and no -1 either, in a mask of bytes"
+    s,t,y = randn(0, 4, 5),randn(1, 4, 5),torch.tensor([1,0,4,2])
+    for dtype in (torch.uint8,torch.int8,torch.int32): assert loss(s, t, y.to(dtype)) == loss(s, t, y)
+    with pytest.raises(ValueError, match=r'\[255\]'): loss(s, t, torch.tensor([1,0,255,2], dtype=torch.uint8))
+
+def test_labels_on_a_gpu_are_not_looked_at():
+    "An index error would break the process's GPU and a look would wait for it: the loss of such a label is NaN, of the others what it was"
+    label,share = losses._class_labels(torch.tensor([1,-100,3]), 5, torch.float64)
+    assert label[[0,2]].tolist() == [1,3] and share.tolist() == [.5,0,.5]
+    with torch.device('meta'): y = torch.tensor([-1,255])
+    label,share = losses._class_labels(y, 5, torch.float32)     # as on a GPU: anything that looks at a number raises
+    assert label.shape == share.shape == (2,)
+    if torch.cuda.is_available():
+        s,t = (randn(i, 4, 5).cuda().requires_grad_() for i in range(2))
+        for loss in (DecoupledKD(),NormalizedKD()):
+            torch.cuda.set_sync_debug_mode('error')
+            try: val = loss(s, t, torch.tensor([1,-100,255,2], device='cuda'))
+            finally: torch.cuda.set_sync_debug_mode('default')
+            assert val.isnan()
 
 def test_two_classes():
     s,t,y = randn(0, 4, 2),randn(1, 4, 2),torch.tensor([0,1,1,0])
