@@ -629,7 +629,9 @@ class KnowledgeDistillationCallback(Callback):
         m,l,parts = bad[0]
         whose = ' and '.join(k for k,ok in parts.items() if not ok)
         if math.isfinite(l): raise ValueError(f'{m} is {l:.4g}, but {whose} is not finite')
-        raise ValueError(f'{m} is {l}' + (f', as {whose} is not finite' if whose else ', though what it compares is finite'))
+        why = f', as {whose} is not finite' if whose else ', though what it compares is finite'
+        if not whose and getattr(m.loss, 'needs_targ', False): why += '. On a GPU that happens where a label is no class.'
+        raise ValueError(f'{m} is {l}{why}')
 
     def concerns(self) -> list: # Texts
         "What looks wrong in this batch, in plain words with the cure; a fit warns of it at its first batch"

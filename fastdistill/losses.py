@@ -154,7 +154,7 @@ def _class_labels(y, n, dtype):
     "The class of each item and its share of the mean, 0 where the label is -100. Raise for other labels that are no class; on a GPU their share is NaN"
     label,used = y.clamp(0, n-1),y != -100
     wrong = used & (label != y)
-    if y.device.type == 'cpu' and wrong.any():   # to look at labels on a GPU would wait for it
+    if y.device.type == 'cpu' and wrong.numpy().any():   # to look at labels on a GPU would wait for it
         raise ValueError(f'Expected labels from 0 to {n-1}, or -100 for items to leave out, but got {y[wrong].unique()[:5].tolist()}')
     return label, (used.to(dtype)/used.sum().clamp(min=1)).masked_fill(wrong, math.nan)
 

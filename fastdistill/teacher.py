@@ -42,7 +42,8 @@ def ignored_label(
     loss_func, # The task's loss, of fastai or PyTorch
 ) -> int: # -100 unless the loss says otherwise
     "The label that `loss_func` leaves out, its `ignore_index`"
-    return getattr(getattr(loss_func, 'func', loss_func), 'ignore_index', -100)
+    options = getattr(loss_func, 'keywords', {})     # of a `partial`
+    return options.get('ignore_index', getattr(getattr(loss_func, 'func', loss_func), 'ignore_index', -100))
 
 def one_class_each(
     logits:Tensor, # (B, C)

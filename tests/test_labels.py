@@ -1,4 +1,5 @@
 "Losses that need labels, in real fits: integers, probabilities, MixUp and CutMix; learners of several labels and of values."
+from functools import partial
 import numpy as np
 import pytest, torch
 import torch.nn.functional as F
@@ -111,6 +112,18 @@ def test_ignored_labels(teacher, name, ignored):
         used = b['y'].numpy() != ignored
         assert 0 < used.sum() < 8
         assert b['kd_loss'] == pytest.approx(formula(b['s'][used], b['t'][used], b['y'].numpy()[used]), rel=1e-4)
+
+@pytest.mark.parametrize('task', [partial(F.cross_entropy, ignore_index=255), nn.CrossEntropyLoss(ignore_index=255)])
+def test_the_ignored_label_of_functions_and_modules(teacher, task):
+    for b in seen(teacher, DecoupledKD(T=3), ignoring_data(255), loss_func=task):
+        used = b['y'].numpy() != 255
+        assert b['kd_loss'] == pytest.approx(decoupled_kd(b['s'][used], b['t'][used], b['y'].numpy()[used], 3, 1, 8), rel=1e-4)
+
+def test_a_label_that_is_no_class_on_a_gpu_is_suspected(teacher):
+    "There the loss is NaN, as no label is read"
+    def loss(student, teacher, targ): return student.sum()*torch.nan
+    loss.needs_targ = True
+    with pytest.raises(ValueError, match='nan, though what it compares is finite. On a GPU that happens where a label is no class'): learner(cbs=KnowledgeDistillationCallback(teacher, loss)).fit(1)
 
 class ForBytes:
     "A task's loss that takes labels in bytes"
