@@ -31,7 +31,7 @@ from torch import distributed, nn, Tensor
 from torch.nn.modules.loss import _Loss
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from .layers import FeatureHooks, StopForward, get_layer, is_compiled, stop_after, unwrap_model
+from .layers import FeatureHooks, StopForward, StopProof, get_layer, is_compiled, stop_after, unwrap_model
 from .losses import Projected, SoftTarget, _channel_axis, in_full_precision
 from .teacher import Ensemble, Teacher, as_teacher, describe_data, get_logits, ignored_label, one_class_each
 
@@ -308,8 +308,8 @@ class _Inputs:
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
-    _stateattrs = ('_teacher','_holders','_handles','_hooks','_inputs','_answer','_parts','_compared','_sent','_average','_first_buffers','_student','_trained','_saved','_kept','_guard')   # not copied
-    _learn = _teacher = _inputs = _answer = _parts = _compared = _sent = _average = _student = _trained = _saved = _kept = _guard = None
+    _stateattrs = ('_teacher','_holders','_handles','_hooks','_inputs','_answer','_parts','_compared','_sent','_average','_first_buffers','_student','_trained','_saved','_kept','_guard','_may_stop')   # not copied
+    _learn = _teacher = _inputs = _answer = _parts = _compared = _sent = _average = _student = _trained = _saved = _kept = _guard = _may_stop = None
     _holders = _handles = _hooks = _columns = _first_buffers = ()
     def __init__(self,
         teacher, # Trained model: an `nn.Module`, a `Learner` or a `Teacher`, or a list of them, an ensemble, left as it was found; or a `TeacherRecording`
@@ -349,7 +349,7 @@ class KnowledgeDistillationCallback(Callback):
             self.after_train()
             self._leave()
             before.stop()
-        self._teacher,self._trained = teacher,None
+        self._teacher,self._trained,self._may_stop = teacher,None,None
         if running: self.before_train()
 
     @property
@@ -447,7 +447,7 @@ class KnowledgeDistillationCallback(Callback):
             for m in self.matches:
                 self._hooks += FeatureHooks(self.learn.model, m.student_layers, 'student', with_graph=True),FeatureHooks(teacher, m.teacher_layers, 'teacher')
             self._teacher.start(one_param(student).device, reset=any(isinstance(cb, ModelResetter) for cb in self.learn.cbs))
-            self._may_stop = all(m.teacher_layers for m in self.matches) and not is_compiled(teacher)   # compiled code would break at the exception
+            if not all(m.teacher_layers for m in self.matches) or is_compiled(teacher): self._may_stop = False   # compiled code would break at the exception
             self.learn.dl = self._teacher.batches(self.learn)
             self._first_buffers = [(b,b.clone()) for b in student.buffers()]
 
@@ -462,8 +462,10 @@ class KnowledgeDistillationCallback(Callback):
             hooks = self._hooks[1::2]
             if teacher.choose(*xb):
                 for h in hooks: h.clear()
+            proof = StopProof(teacher.model) if self._may_stop is None else None
             try: self._answer = teacher(*xb)
             except StopForward: return   # all that the losses look at has been captured
+            if proof is not None: self._may_stop = proof(hooks)
             if self._may_stop: stop_after(hooks)
 
     def after_loss(self):
@@ -747,7 +749,7 @@ class KnowledgeDistillationCallback(Callback):
         if self._teacher is not None: self._teacher.stop()
         if self._columns: self.learn.metrics = self.learn.metrics.filter(lambda m: m not in self._columns)
         if self._guard is not None: self._guard.remove()
-        self._answer = self._compared = self._parts = self._sent = self._guard = None
+        self._answer = self._compared = self._parts = self._sent = self._guard = self._may_stop = None
         self._columns = self._first_buffers = ()
 
     @contextmanager

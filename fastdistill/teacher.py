@@ -10,6 +10,7 @@ import math, time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import product
+from threading import Lock, current_thread
 import torch
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
@@ -65,13 +66,28 @@ def describe_data(
     vocab,normalize = getattr(dls, 'vocab', None),next((t for t in tfms if isinstance(t, Normalize)), None)
     if is_listy(vocab) and len(vocab) and _is_collection(vocab[-1]): vocab = vocab[-1]     # of texts and their classes
     size = next((t.size for t in reversed(tfms) if isinstance(getattr(t, 'size', None), (int,tuple,list))), None)
-    facts = dict(classes=list(vocab) if _is_collection(vocab) else None, size=None if size is None else tuple(listify(size)))
+    facts = dict(classes=list(vocab) if _is_collection(vocab) else None, size=None if size is None else _height_and_width(size))
     if normalize is not None: facts.update({k:getattr(normalize, k).flatten().tolist() for k in ('mean','std')})
     return {k:v for k,v in facts.items() if v is not None}
+
+def _height_and_width(size): return tuple(listify(size))*2 if len(listify(size)) == 1 else tuple(size)   # a square
 
 def _is_collection(o): return is_coll(o) and not isinstance(o, (str,Tensor))
 
 # %% ../nbs/02_teacher.ipynb #d6d2aab8
+class _Use:
+    "How a network was found, and who uses it now: pairs of a thread and a `Teacher`"
+    def __init__(self, teacher):
+        self.device,self.channels_last,self.users = teacher.device,teacher._is_channels_last(),set()
+        self.modes = [(m,m.training) for m in teacher.model.modules() if hasattr(m, 'training')]   # what `jit.freeze` makes has no mode
+
+    def give_back(self, teacher):
+        if not self.channels_last and teacher._is_channels_last(): teacher.model.to(memory_format=torch.contiguous_format)
+        if self.device is not None: teacher.model.to(self.device)
+        for m,training in self.modes: m.training = training
+
+_uses,_uses_lock = {},Lock()     # the networks that are in use, by id
+
 class Teacher:
     "A frozen model that answers batches between `start` and `stop`, and is then left as it was found"
     live = True     # it has a network, which answers whatever it is asked
@@ -92,27 +108,43 @@ class Teacher:
         if not (dtype is None or isinstance(dtype, torch.dtype) and dtype.is_floating_point): raise TypeError(f'Expected dtype to be a floating-point type such as `torch.bfloat16`, but got {dtype!r}')
         if fast and (dtype or channels_last): raise ValueError('Expected either fast=True, which chooses dtype and channels_last, or a choice of these')
         self.model,self.input_tfm,self.dtype,self.channels_last,self.fast,self.tolerance = model,input_tfm,dtype,channels_last,fast,tolerance
-        self.found,self.resets = None,False
+        self.resets = False
 
     def start(self,
         device, # Device on which batches will come
         reset:bool=False, # Forget the hidden state of a recurrent model, now and at the end, as fastai's `ModelResetter` does with the student's?
     ):
-        "Remember how the model is, then put it on `device` and in evaluation mode"
-        if self.found is None: self.found = self.device,{m:m.training for m in self.model.modules()},self._is_channels_last()
-        self.model.to(device).eval()
+        "Remember how the model is, then put it on `device` and in evaluation mode; raises `ValueError` where another fit needs it otherwise"
+        with _uses_lock:
+            use,me = _uses.get(id(self.model)) or _Use(self),(current_thread(),self)
+            if use.users - {me}: self._check_shared(device, reset)
+            use.users.add(me)
+            _uses[id(self.model)] = use
+            self.model.to(device)
+            try: self.model.eval()
+            except NotImplementedError: pass   # of `torch.export`, which has one mode
         if self.channels_last: self._set(self.dtype, True)
         self.resets = reset
         self._reset()
 
+    def _check_shared(self, device, reset):
+        if self.device is not None and one_param(self.model).new_empty(0).to(device).device != self.device:
+            raise ValueError(f'Expected the teacher {self} on {torch.device(device)}, but another fit uses it on {self.device}. Give one of them a `deepcopy`.')
+        if reset and hasattr(self.model, 'reset') and any(t is not current_thread() for t,_ in _uses[id(self.model)].users):
+            raise ValueError(f'Another fit uses the teacher {self}, which has a hidden state. Give one of them a `deepcopy`.')
+
     def stop(self):
-        "Give the model its device and modes back"
-        if self.found is None: return
-        (device,modes,channels_last),self.found = self.found,None
-        self._reset()
-        if self.channels_last and not channels_last: self.model.to(memory_format=torch.contiguous_format)
-        if device is not None: self.model.to(device)
-        for m,training in modes.items(): m.training = training
+        "The last user gives the model its device and modes back"
+        with _uses_lock:
+            use,me = _uses.get(id(self.model)),(current_thread(),self)
+            if use is None: return
+            mine = {(t,o) for t,o in use.users if o is self and (t is me[0] or not t.is_alive())}
+            if not mine: return
+            self._reset()
+            use.users -= mine
+            if use.users: return
+            del _uses[id(self.model)]
+            use.give_back(self)
 
     @torch.no_grad()
     def __call__(self,
@@ -127,7 +159,8 @@ class Teacher:
         except Exception as e:
             raise modify_exception(e, f'The teacher {self} cannot answer a batch of inputs {", ".join(map(_describe, xb))}: {e}. One that expects other inputs '
                                       'than the student takes them through `Teacher(model, input_tfm=...)`.', replace=True)
-        return get_logits(out)
+        out = get_logits(out)
+        return out.clone() if out.is_inference() else out   # the student's backward cannot save an inference tensor
 
     def batches(self,
         learn, # The learner at the start of an epoch
@@ -190,7 +223,8 @@ class Teacher:
     def _set(self, dtype, channels_last):
         "Answer this way from now on; a model that was found with the channels last stays so"
         self.dtype,self.channels_last = dtype,channels_last
-        if self.found and not self.found[2]: self.model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        use = _uses.get(id(self.model))
+        if use and not use.channels_last: self.model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     def _is_channels_last(self):
         "Whether any weight of a convolution is laid out so already"

@@ -1,12 +1,16 @@
 "A teacher that takes less time: its own precision and layout, chosen by timing, and layers that nobody looks at do not run."
-import time
+import gc, time, weakref
 from copy import deepcopy
 import pytest, torch
 import torch.nn.functional as F
-from fastai.basics import Callback
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner
+from fastai.vision.learner import create_vision_model
+from fastai.vision.models.xresnet import xresnet18
 from torch import nn
-from conftest import learner, n_hooks, net, same_state, state
+from torchvision.models import mobilenet_v3_small, resnet18
+from conftest import data, learner, n_hooks, net, same_state, state
 from fastdistill.all import *
+from fastdistill.layers import FeatureHooks, StopForward, stop_after
 from test_callback import Gradients, close, grads_by_hand, one_batch
 
 KD = KnowledgeDistillationCallback
@@ -130,10 +134,12 @@ def test_choosing_leaves_no_hidden_state():
 
 # --- layers that nobody looks at ---
 
-class Ran(nn.Module):
-    "Counts its forward passes"
-    def __init__(self): super().__init__(); self.n = 0
-    def forward(self, x): self.n += 1; return x
+counts = {}
+def count(m, i, o): m.n += 1
+class Ran(nn.Identity):
+    "Its forward passes are counted, outside of the network: one that counts by itself changes, and is not ended early"
+    n = property(lambda self: counts.get(id(self), 0), lambda self, n: counts.update({id(self):n}))
+    def __init__(self): super().__init__(); self.register_forward_hook(count); self.n = 0
 
 def counted(width=8):
     model = net(width)
@@ -170,19 +176,19 @@ def test_forward_ends_behind_the_last_layer(layers):
         learn = learner(deepcopy(student))
         torch.manual_seed(0); learn.dls.train.rng.seed(0)
         learn.fit(2, cbs=KD(teacher, [Match(Attention, layers, layers), *extra]))
-        assert teacher[5].n == n and n_hooks(teacher, learn.model) == 0
+        assert teacher[5].n == n and n_hooks(teacher, learn.model) == 1     # the counter's own
         states.append(state(learn.model))
     assert same_state(learn.model, states[0])
     Teacher(teacher)(torch.randn(2,2,8,8))
     assert teacher[5].n == 7     # by itself it runs through
 
 def test_a_layer_that_runs_twice_counts_with_its_last_output():
-    class Twice(nn.Module):
+    class Two(nn.Module):
         def __init__(self, w):
             super().__init__()
             self.first,self.conv,self.head,self.ran = nn.Conv2d(2,w,3,padding=1),nn.Conv2d(w,w,3,padding=1),nn.Linear(64*w,3),Ran()
         def forward(self, x): return self.ran(self.head(self.conv(self.conv(self.first(x)).relu()).flatten(1)))
-    teacher,seen = Twice(6),[]
+    teacher,seen = Two(6),[]
     def loss(s, t): seen.append(t.clone()); return (s.mean()-t.mean()).square()
     learn = learner(dls=one_batch(32, 16))
     learn.fit(1, cbs=KD(teacher, loss, '1', 'conv'))
@@ -195,3 +201,121 @@ def test_an_error_behind_the_layers_is_still_seen_first(teacher):
     broken = nn.Sequential(teacher[0], teacher[1], nn.Linear(1, 1))
     with pytest.raises(RuntimeError, match='The teacher Sequential cannot answer'): learner().fit(1, cbs=KD(broken, Attention, '0', '0'))
     assert n_hooks(broken) == 0
+
+# --- a teacher is ended early only where that is proved to change nothing ---
+
+class Twice(nn.Module):
+    "Its layer `conv` runs twice where the batch is smaller"
+    def __init__(self):
+        super().__init__()
+        self.conv,self.head = nn.Conv2d(2, 2, 3, padding=1),nn.Linear(128, 3)
+    def forward(self, x):
+        y = self.conv(x)
+        if x.shape[0] < 8: y = self.conv(y)
+        return self.head(y.flatten(1))
+
+class Counts(nn.Module):
+    "Each answer depends on how many came before"
+    def __init__(self):
+        super().__init__()
+        self.conv,self.head,self.n = nn.Conv2d(2, 2, 3, padding=1),nn.Linear(128, 3),0
+    def forward(self, x):
+        y = self.conv(x*self.n)
+        out = self.head(y.flatten(1))
+        self.n += 1
+        return out
+
+class Buffer(Counts):
+    def __init__(self): super().__init__(); del self.n; self.register_buffer('n', torch.zeros(()))
+
+class Appends(Twice):
+    def __init__(self): super().__init__(); self.old = []
+    def forward(self, x):
+        y = self.conv(x + sum(self.old))
+        out = self.head(y.flatten(1))
+        self.old.append(out.mean())
+        return out
+
+@pytest.mark.parametrize('make', [Twice,Counts,Buffer,Appends])
+def test_features_are_those_of_whole_passes(make):
+    "Of a plain copy that is asked the same batches, the last of which is smaller"
+    teacher,seen,xs = make(),[],[]
+    plain,got = deepcopy(teacher).eval(),[]
+    def loss(s, t): seen.append(t.clone()); return (s.mean()-t.mean()).square()
+    cb = Callback(before_batch=lambda self: xs.append(self.x) if self.training else None)
+    learner(dls=data(28, 8, shuffle=False), cbs=cb).fit(1, cbs=KD(teacher, loss, '1', 'conv'))
+    assert len(xs) > 2
+    plain.conv.register_forward_hook(lambda m, i, o: got.append(o))
+    for x,t in zip(xs, seen):
+        with torch.no_grad(): plain(x)
+        torch.testing.assert_close(t, got[-1])
+
+def test_a_recurrent_teacher():
+    "AWD-LSTM takes its hidden state from batch to batch: four batches as an unstopped one sees them"
+    from fastai.text.models.awdlstm import AWD_LSTM
+    from fastai.text.models.core import LinearDecoder, SequentialRNN
+    from fastai.callback.rnn import ModelResetter
+    def lm(n): return SequentialRNN(AWD_LSTM(20, 6, n, 2, bidir=False), LinearDecoder(20, 6, 0.))
+    torch.manual_seed(0)
+    teacher,student,seen,xs,want = lm(8),lm(7),[],[],[]
+    plain = lm(8).eval()
+    plain.load_state_dict(teacher.state_dict())
+    text = torch.randint(20, (4*8,11))
+    dls = DataLoaders.from_dsets(*[[(t[:-1],t[1:]) for t in text]]*2, bs=8, shuffle=False, num_workers=0, device=torch.device('cpu'))
+    def loss(s, t): seen.append(t.clone()); return (s.mean()-t.mean()).square()
+    cb = Callback(before_batch=lambda self: xs.append(self.x) if self.training else None)
+    learn = Learner(dls, student, loss_func=lambda p, y: F.cross_entropy(p[0].flatten(0,1), y.flatten()), cbs=[cb, ModelResetter()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=KD(teacher, loss, '0.rnns.0', '0.rnns.0'))
+    plain.reset()
+    plain[0].rnns[0].register_forward_hook(lambda m, i, o: want.append(o[0]))
+    assert len(xs) == len(seen) == 4
+    for x,t in zip(xs, seen):
+        with torch.no_grad(): plain(x)
+        torch.testing.assert_close(t, want[-1])
+
+def test_a_unet_keeps_no_input_alive():
+    from fastai.vision.models.unet import DynamicUnet
+    from torchvision.models import resnet18
+    teacher = DynamicUnet(nn.Sequential(*list(resnet18().children())[:6]), 2, (32,32))
+    items = [(torch.randn(3,32,32), torch.zeros(32,32).long())]*6
+    dls = DataLoaders.from_dsets(items, items, bs=2, shuffle=False, num_workers=0, device=torch.device('cpu'))
+    refs = []
+    def note(self):
+        if self.training: refs.append(weakref.ref(self.x))
+    student = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1))
+    learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(axis=1), cbs=Callback(before_batch=note))
+    gc.collect(); gc.disable()
+    try:
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=KD(teacher, Attention, '0', 'layers.0.4'))
+        assert len(refs) == 3 and not any(r() is not None for r in refs)
+    finally: gc.enable()
+
+class Orig(nn.Module):
+    "Keeps its input on itself until its end, as fastai's `SequentialEx` does"
+    def __init__(self): super().__init__(); self.conv,self.head = nn.Conv2d(2, 2, 3, padding=1),nn.Linear(128, 3)
+    def forward(self, x):
+        x.orig = x
+        y = self.head(self.conv(x).flatten(1))
+        x.orig = None
+        return y
+
+@pytest.mark.parametrize('model,layers,safe', [
+    (lambda: resnet18(), ['layer1'], True), (lambda: resnet18(), ['layer1','layer1.0.bn1','layer4'], True), (lambda: mobilenet_v3_small(), ['features.3'], True),
+    (lambda: create_vision_model(resnet18, 3, pretrained=False), ['0.4'], True), (lambda: xresnet18(), ['4'], True), (lambda: nn.DataParallel(resnet18()), ['layer2'], True),
+    (Orig, ['conv'], False), (Twice, ['conv'], False)])
+def test_what_is_ended_early(model, layers, safe):
+    from fastdistill.layers import StopProof
+    model = model().eval()
+    x,ran = torch.randn(2, 2 if isinstance(model, (Orig,Twice)) else 3, *[8 if isinstance(model, (Orig,Twice)) else 64]*2),n_hooks(model)
+    before = state(model)
+    with torch.no_grad(), FeatureHooks(model, layers) as hooks:
+        proof = StopProof(model)
+        model(x)
+        whole = hooks.features
+        assert proof([hooks]) == safe
+        if safe:
+            assert stop_after([hooks])
+            hooks.clear()
+            with pytest.raises(StopForward): model(x)
+            for a,b in zip(whole, hooks.features): assert torch.equal(a, b)
+    assert same_state(model, before) and n_hooks(model) == ran

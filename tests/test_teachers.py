@@ -6,8 +6,9 @@ import pytest, torch
 import torch.nn.functional as F
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, load_learner
 from torch import nn
-from conftest import learner, loaders, n_hooks, net, same_state, state
+from conftest import data, learner, loaders, n_hooks, net, same_state, state
 from fastdistill.all import *
+from fastdistill.teacher import describe_data
 from test_callback import close, exportable, grads_by_hand, Gradients, one_batch
 
 KD = KnowledgeDistillationCallback
@@ -256,3 +257,76 @@ def test_ensemble_after_load(teacher, tmp_path):
     loaded.fit(1, cbs=[g, KD([teacher,other])])
     a,b = deepcopy(teacher).eval(),deepcopy(other).eval()
     close(g.steps[0], grads_by_hand(hand, lambda x: (a(x) + b(x))/2, *loaded.dls.train.one_batch(), .5, .5))
+
+# --- models that were made ready to run elsewhere ---
+
+class Inference(nn.Module):
+    def __init__(self, model): super().__init__(); self.model = model
+    @torch.inference_mode()
+    def forward(self, x): return self.model(x)
+
+def quantised(model):
+    from torch.ao import quantization as q
+    model = nn.Sequential(q.QuantStub(), model, q.DeQuantStub()).eval()
+    model.qconfig = q.get_default_qconfig('x86')
+    q.prepare(model, inplace=True)
+    model(torch.randn(8,2,8,8))
+    return q.convert(model)
+
+def exported(model): return torch.export.export(model.eval(), (torch.randn(8,2,8,8),)).module()
+
+ready = dict(exported=exported, frozen=lambda m: torch.jit.freeze(torch.jit.script(m.eval())), scripted=torch.jit.script, inference=Inference, static=quantised,
+             dynamic=lambda m: torch.ao.quantization.quantize_dynamic(m, {nn.Linear}))
+
+@pytest.mark.parametrize('make', ready.values(), ids=ready)
+def test_models_made_ready_to_run(make):
+    model,dls,student,seen = make(net(8)),one_batch(8, 8),net(),[]
+    x,modes = dls.train.one_batch()[0],[getattr(m, 'training', None) for m in model.modules()]
+    def squares(s, t): seen.append(t.clone()); return (s*t).square().mean()     # backward saves the answer
+    learner(student, dls).fit(2, cbs=KD(model, squares))
+    if hasattr(model, 'eval') and make is not exported: model.eval()
+    with torch.no_grad(): torch.testing.assert_close(seen[0], model(x).clone())
+    assert len(seen) == 2 and (make is not exported or [m.training for m in model.modules()] == modes)
+
+def test_features_of_a_model_in_inference_mode(teacher):
+    learner().fit(1, cbs=KD(Inference(teacher), [Match(lambda s,t: (s.mean()*t).square().mean(), '0', 'model.0'), SoftTarget]))
+
+# --- sizes ---
+
+@pytest.mark.parametrize('size,want', [(32,(32,32)), ((32,),(32,32)), ([32],(32,32)), ((32,24),(32,24))])
+def test_one_number_is_a_square(size, want):
+    assert describe_data(SimpleNamespace(after_item=SimpleNamespace(fs=[SimpleNamespace(size=size)])))['size'] == want
+
+# --- a network with several users ---
+
+def same(t): return t
+@pytest.mark.parametrize('other', [Teacher, same], ids=['two Teachers','one Teacher'])
+@pytest.mark.parametrize('loss,layers', [(SoftTarget,None), (Attention,'0')])
+def test_two_threads(teacher, other, loss, layers):
+    "The first fit ends while the second goes on: the teacher stays in evaluation mode, and the second learns what it learns alone"
+    from threading import Event, Thread
+    def alone(cb=None):
+        torch.manual_seed(0)
+        return learner(net(), data(48, 8, shuffle=False), cbs=cb)
+    first = Teacher(teacher)
+    second,before,began,ended,modes = other(first if other is same else teacher),state(teacher),Event(),Event(),[]
+    plain = alone(); plain.fit(1, cbs=KD(deepcopy(teacher), loss, layers, layers))
+    def wait(self):
+        if self.training and self.iter == 2: began.set(); ended.wait(20)
+        if self.training and self.iter > 2: modes.append(teacher.training)
+    a,b = alone(),alone(Callback(before_batch=wait))
+    t = Thread(target=lambda: b.fit(1, cbs=KD(second, loss, layers, layers)))
+    t.start(); began.wait(20)
+    a.fit(1, cbs=KD(first, loss, layers, layers))
+    ended.set(); t.join(20)
+    assert len(modes) == 3 and not any(modes) and same_state(teacher, before) and teacher.training and n_hooks(teacher) == 0
+    for l in (a,b): assert same_state(plain.model, state(l.model))
+
+def test_two_devices_at_a_time(teacher):
+    a,b = Teacher(teacher),Teacher(teacher)
+    a.start('cpu')
+    with pytest.raises(ValueError, match='on meta, but another fit uses it on cpu.*deepcopy'): b.start('meta')
+    b.stop()
+    assert not teacher.training
+    a.stop()
+    assert teacher.training
