@@ -8,6 +8,7 @@ __all__ = ['calibration_error', 'agreement', 'Comparison', 'compare', 'Distillat
 # %% ../nbs/06_report.ipynb #580050b1
 import io, math
 from base64 import b64encode
+from contextlib import ExitStack
 from html import escape
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -18,14 +19,15 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
-from fastai.torch_core import one_param, show_image, to_device
+from fastai.torch_core import apply, one_param, show_image, to_device
 from fastcore.basics import listify
 from torch import Tensor
+from torch.utils.data import DataLoader as TorchDL, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 from .check import TeacherModule, model_size, time_forward, untouched
 from .layers import FeatureHooks
 from .losses import Attention
-from .teacher import as_teacher, get_logits
+from .teacher import as_teacher, get_logits, ignored_label, one_class_each
 
 # %% ../nbs/06_report.ipynb #e59dde68
 def calibration_error(
@@ -48,6 +50,24 @@ def agreement(
     return (student.argmax(1) == teacher.argmax(1)).float().mean().item(),F.kl_div(s, t, log_target=True, reduction='batchmean').item()
 
 # %% ../nbs/06_report.ipynb #13b45f34
+def _in_order(dl):
+    "All items of `dl`, in order"
+    if isinstance(getattr(dl, 'sampler', None), RandomSampler): return TorchDL(dl.dataset, dl.batch_size, num_workers=dl.num_workers, collate_fn=dl.collate_fn)
+    return dl.new(shuffle=False, drop_last=False) if hasattr(dl, 'new') and (dl.shuffle or dl.drop_last) else dl
+
+def _split(dl, b):
+    "Inputs of a batch, and its label"
+    n_inp = getattr(dl, 'n_inp', max(1, len(b)-1))     # as fastai's learner takes it
+    return tuple(b[:n_inp]),b[n_inp]
+
+def _decoded(dl, b):
+    "The items of a batch as they are shown; PyTorch's own loaders cannot decode them"
+    return dl.decode_batch(b, max_n=len(b[0])) if hasattr(dl, 'decode_batch') else list(zip(*b))
+
+def _copy(xb):
+    "Inputs for a model that may write over them"
+    return apply(lambda x: x.clone() if isinstance(x, Tensor) else x, xb)
+
 def _inputs_of(dl, n):
     "Inputs of `n` items, repeated where the first batch has fewer"
     b = dl.one_batch()
@@ -87,7 +107,8 @@ def _quality(learn, dl):
     with untouched(learn), learn.no_bar(): values = learn.validate(dl=dl, cbs=keep)
     logits,targ = torch.cat(keep.logits),torch.cat(keep.labels) if isinstance(keep.labels[0], Tensor) else keep.labels
     row = dict(zip(['valid_loss',*learn.metrics.attrgot('name')], values))
-    if logits.ndim == 2 and isinstance(targ, Tensor) and targ.ndim == 1 and not targ.is_floating_point(): row['calibration error'] = calibration_error(logits, targ)
+    counted = one_class_each(logits, targ, ignored_label(learn.loss_func))
+    if counted is not None and len(counted[0]): row['calibration error'] = calibration_error(*counted)
     return row,logits,targ
 
 # %% ../nbs/06_report.ipynb #5d6a7380
@@ -173,17 +194,16 @@ class DistillationInterpretation(ClassificationInterpretation):
         student:Learner, # Distilled student
         scratch:Learner=None, # The same student trained alone
         ds_idx:int=1, # Index of the student's `dls` where `dl` is None
-        dl=None, # Items to look at; the student's validation set by default
+        dl=None, # Items to look at, in order though it may shuffle; the student's validation set by default
     ):
-        "Let all of them answer the same items; raises `ValueError` unless these have one class each"
-        with untouched(student): dl = student.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
-        logits,targ = _answers(student, dl)
-        if logits.ndim != 2 or targ.ndim != 1 or targ.is_floating_point(): raise ValueError(f'Expected one class for each item, but got logits {tuple(logits.shape)} and labels {tuple(targ.shape)}')
-        self = cls(student, dl, F.cross_entropy(logits.float(), targ.long(), reduction='none'))
+        "Let all of them answer the same items, in order; raises `ValueError` unless these have one class each"
+        with untouched(student): dl = _in_order(student.dls[ds_idx] if dl is None else dl)
         if not isinstance(teacher, Learner): teacher = Learner(student.dls, TeacherModule(as_teacher(teacher)), loss_func=student.loss_func)
-        self.teacher,self.targ = teacher,targ
-        self.logits = dict(teacher=_answers(teacher, dl)[0].float(), student=logits.float())
-        if scratch is not None: self.logits['scratch'] = _answers(scratch, dl)[0].float()
+        ignore = ignored_label(student.loss_func)
+        learners = dict(teacher=teacher, student=student) | ({} if scratch is None else dict(scratch=scratch))
+        logits,targ = _answers(learners, dl)
+        self = cls(student, dl, F.cross_entropy(logits['student'], targ, ignore_index=ignore, reduction='none'))
+        self.teacher,self.logits,self.targ,self.ignore = teacher,logits,targ,ignore
         return self
 
     def __init__(self, learn, dl, losses, act=None):
@@ -204,6 +224,12 @@ class DistillationInterpretation(ClassificationInterpretation):
         "Name of a class"
         return str(int(i)) if self.vocab is None else str(self.vocab[int(i)])
 
+    def label(self,
+        i:int, # Number of an item
+    ) -> str: # '' where the loss function ignores its label
+        "Name of the class that an item is labelled with"
+        return '' if self.targ[i] == self.ignore else self.name(self.targ[i])
+
     def disagreements(self,
         k:int=None, # How many, all by default
     ) -> pd.DataFrame: # item, KL divergence, label, and the class that each names with its probability
@@ -211,7 +237,7 @@ class DistillationInterpretation(ClassificationInterpretation):
         p = self.probabilities()
         kl = F.kl_div(p['student'].clamp_min(1e-12).log(), p['teacher'], reduction='none').sum(1)
         order = kl.argsort(descending=True)[:k]
-        table = pd.DataFrame({'item':order.tolist(), 'KL':kl[order].tolist(), 'label':[self.name(i) for i in self.targ[order]]})
+        table = pd.DataFrame({'item':order.tolist(), 'KL':kl[order].tolist(), 'label':[self.label(i) for i in order]})
         for who,probs in p.items():
             conf,pred = probs[order].max(1)
             table[who],table[f'{who} sure'] = [self.name(i) for i in pred],conf.tolist()
@@ -225,8 +251,9 @@ class DistillationInterpretation(ClassificationInterpretation):
         return pd.DataFrame(torch.bincount(t*c + s, minlength=c*c).view(c, c).numpy(), index=pd.Index(names, name='teacher'), columns=pd.Index(names, name='student'))
 
     def per_class(self) -> pd.DataFrame: # A row for each class: items, accuracy of each model, and the student's gain over scratch
-        "Accuracy class by class, with the gain over the student from scratch if there is one"
-        right = pd.DataFrame({k:(v.argmax(1) == self.targ).numpy() for k,v in self.logits.items()}).groupby(self.targ.numpy())
+        "Accuracy class by class, with the gain over the student from scratch if there is one; items whose label is ignored do not count"
+        counts = self.targ != self.ignore
+        right = pd.DataFrame({k:(v.argmax(1) == self.targ)[counts].numpy() for k,v in self.logits.items()}).groupby(self.targ[counts].numpy())
         table = right.mean()
         table.insert(0, 'items', right.size())
         table.index = pd.Index([self.name(i) for i in table.index], name='class')
@@ -272,7 +299,7 @@ class DistillationInterpretation(ClassificationInterpretation):
         (_,decoded),p = self._batch(idxs),self.probabilities(T)
         fig,axs = plt.subplots(len(idxs), 2, figsize=(7,1.6*len(idxs)), width_ratios=(1,3), layout='constrained', squeeze=False)
         for (image,bars),i,o in zip(axs, idxs, decoded):
-            _show(o[0], image, f'item {i}: {self.name(self.targ[i])}')
+            _show(o[0], image, f'item {i}: {self.label(i)}')
             _bars(self._most_probable({k:v[i] for k,v in p.items()}), bars)
             bars.set_ylim(0, 1)
         axs[0,1].legend(frameon=False, fontsize=8)
@@ -295,7 +322,7 @@ class DistillationInterpretation(ClassificationInterpretation):
         maps = {who:_features(learn, names, xb, who) for who,learn,names in (('teacher',self.teacher,t_names),('student',self.learn,s_names))}
         fig,axs = plt.subplots(len(idxs), 1+2*len(s_names), figsize=(1.5*(1+2*len(s_names)),1.7*len(idxs)), layout='constrained', squeeze=False)
         for row,i,(n,o) in zip(axs, idxs, enumerate(decoded)):
-            _show(o[0], row[0], f'item {i}: {self.name(self.targ[i])}')
+            _show(o[0], row[0], f'item {i}: {self.label(i)}')
             for j,(s,t) in enumerate(zip(s_names, t_names)):
                 for ax,who,name in ((row[1+2*j],'teacher',t),(row[2+2*j],'student',s)):
                     ax.imshow(maps[who][j][n], cmap='viridis')
@@ -305,12 +332,12 @@ class DistillationInterpretation(ClassificationInterpretation):
 
     def _batch(self, idxs):
         "Inputs of items, and what they look like; items are found in the order of `dl`"
-        n_inp,rows,start = getattr(self.dl, 'n_inp', 1),{},0
+        rows,start = {},0
         with untouched(self.learn):
             for b in self.dl:
                 here = [i for i in idxs if start <= i < start+len(b[0])]
-                decoded = self.dl.decode_batch(b, max_n=len(b[0])) if here else []
-                rows.update({i:([x[i-start] for x in b[:n_inp]], decoded[i-start]) for i in here})
+                decoded = _decoded(self.dl, b) if here else []
+                rows.update({i:([x[i-start] for x in _split(self.dl, b)[0]], decoded[i-start]) for i in here})
                 start += len(b[0])
                 if len(rows) == len(set(idxs)): break
         if missing := [i for i in idxs if i not in rows]: raise ValueError(f'Expected numbers of items from 0 to {start-1}, but got {missing}')
@@ -324,13 +351,21 @@ def _bars(table, ax):
     table[list(colors)].plot.bar(ax=ax, width=0.8, color=colors, xlabel='', legend=False, rot=45 if max(map(len, table.index)) > 3 else 0)
     ax.spines[['top','right']].set_visible(False)
 
-def _answers(learn, dl):
-    "Logits and labels of the items of `dl`, by this process alone"
-    n_inp = getattr(dl, 'n_inp', 1)
-    with untouched(learn), torch.no_grad():
-        model,device = learn.model.eval(),one_param(learn.model).device
-        found = [(get_logits(model(*to_device(b[:n_inp], device))).cpu(), b[n_inp].cpu()) for b in dl]
-    return [torch.cat(o).as_subclass(Tensor) for o in zip(*found)]
+def _answers(learners, dl):
+    "Logits of each learner, and labels, of the items of `dl`, by this process alone; a batch is drawn once and answered by all"
+    found = []
+    with ExitStack() as stack, torch.no_grad():
+        for l in learners.values(): stack.enter_context(untouched(l))
+        models = {k:l.model.eval() for k,l in learners.items()}
+        for b in dl:
+            xb,y = _split(dl, b)
+            logits = [get_logits(m(*to_device(_copy(xb), one_param(m).device))).float().cpu() for m in models.values()]
+            for o in logits:
+                if one_class_each(o, y) is None: raise ValueError(f'Expected one class for each item, but got logits {tuple(o.shape)} and labels {tuple(getattr(y, "shape", ()))}')
+            found.append((*logits, y.flatten().long().cpu()))
+    if not found: raise ValueError('Expected items to answer, but got an empty loader')
+    *logits,targ = [torch.cat(o).as_subclass(Tensor) for o in zip(*found)]
+    return dict(zip(models, logits)),targ
 
 def _features(learn, names, xb, role):
     "Attention maps of layers, (B, H, W)"

@@ -3,12 +3,13 @@ import re, shutil, subprocess
 from copy import deepcopy
 from html.parser import HTMLParser
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
-from fastai.basics import Learner, set_seed
+from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, set_seed
 from fastai.callback.progress import CSVLogger
 from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader as TorchDL
 from conftest import data, learner, loaders, n_hooks, net, same_state, state
 from fastdistill.all import *
 from fastdistill.cli import digits_learner
@@ -160,6 +161,51 @@ def test_interpretation_of_images(tmp_path):
     file = dls.valid.items[items.item[0]]
     assert abs(image/255 - np.asarray(Image.open(file).resize((32,32), Image.BILINEAR))/255).mean() < 0.02     # decoded
     assert fig.axes[0].get_title() == f'item {items.item[0]}: {file.parent.name}' and set(items.teacher) <= {'a','b'}
+
+class Noisy:
+    "Items that are drawn anew each time, as augmentations draw them"
+    def __init__(self, items): self.items = items
+    def __len__(self): return len(self.items)
+    def __getitem__(self, i): return self.items[i][0] + torch.randn(2,8,8), self.items[i][1]
+
+class WritesOver(nn.Sequential):
+    def forward(self, x): return super().forward(x.mul_(2))
+
+@pytest.mark.parametrize('kind', ['fastai','pytorch'])
+def test_all_models_answer_the_same_items(kind):
+    "Three copies of one network agree on a loader that shuffles and augments, and pictures belong to the answers"
+    items,model = list(data().train_ds),WritesOver(net(4))
+    dls = loaders(Noisy(items), Noisy(items), 10, drop_last=True) if kind == 'fastai' else DataLoaders(*[TorchDL(Noisy(items), 10, shuffle=True)]*2)
+    teacher,student,scratch = (learner(deepcopy(model), data()) for _ in range(3))
+    student.dls = dls
+    interp = DistillationInterpretation.from_learners(teacher, student, scratch, dl=dls.train)
+    assert interp.targ.tolist() == [y.item() for _,y in items]
+    for k in ('teacher','scratch'): assert torch.equal(interp.logits[k], interp.logits['student'])
+    fig = interp.plot_dark_knowledge([17,3])
+    (x,),_ = interp._batch([17,3])
+    with torch.no_grad(): assert torch.allclose(model.eval()(x.clone()), interp.logits['student'][[17,3]], atol=1e-5)
+    assert np.allclose(fig.axes[2].images[0].get_array(), x[1].mean(0)) and fig.axes[2].get_title() == f'item 3: {items[3][1]}'
+
+def test_labels_in_a_column_and_labels_that_do_not_count():
+    "As tables have them; the loss function says which label it ignores, and items with it are in no accuracy"
+    for ignore in (-100, 1):
+        items = [(x, torch.tensor([-100 if i == 5 and ignore < 0 else y])) for i,(x,y) in enumerate(data().train_ds)]
+        y = torch.cat([y for _,y in items]).numpy()
+        learn = learner(net(4), loaders(items, items, 8))
+        learn.loss_func = CrossEntropyLossFlat(ignore_index=ignore)
+        interp = DistillationInterpretation.from_learners(net(8), learn)
+        logits = interp.logits['student']
+        p,table = logits.softmax(1).double().numpy(),interp.per_class()
+        assert table.index.tolist() == [str(c) for c in range(3) if c != ignore]
+        for c,row in table.iterrows(): assert row['items'] == (y == int(c)).sum() and row.student == pytest.approx((p.argmax(1) == y)[y == int(c)].mean())
+        want = [0 if c == ignore else -np.log(p[i,c]) for i,c in enumerate(y)]
+        assert interp.losses.tolist() == pytest.approx(want, abs=1e-5)
+        found = interp.disagreements()
+        assert len(found) == 24 and found.label.tolist() == ['' if y[i] == ignore else str(y[i]) for i in found.item]
+        assert interp.plot_dark_knowledge([int(np.argmax(y == ignore))]).axes[0].get_title().endswith(': ')
+        counts = torch.tensor(y != ignore)
+        row = compare(dict(a=learn), n=1).loc['a']
+        assert row['calibration error'] == pytest.approx(calibration_error(logits[counts], torch.tensor(y)[counts]), abs=1e-6)
 
 def test_interpretation_needs_classes():
     items = [(torch.randn(6), torch.rand(3)) for _ in range(32)]
