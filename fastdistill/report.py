@@ -11,6 +11,7 @@ from base64 import b64encode
 from contextlib import ExitStack
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -19,8 +20,9 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
-from fastai.torch_core import apply, one_param, show_image, to_device
+from fastai.torch_core import apply, no_random, one_param, show_image, to_device
 from fastcore.basics import listify
+from fastcore.foundation import L
 from torch import Tensor
 from torch.utils.data import DataLoader as TorchDL, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,7 +40,7 @@ def calibration_error(
     "Expected calibration error: the difference of confidence and accuracy, averaged over bins by their number of items ([Guo 2017](https://arxiv.org/abs/1706.04599))"
     conf,pred = logits.float().softmax(1).max(1)
     bins,right = (conf*n_bins).ceil().clamp(1, n_bins).long()-1,(pred == targ).float()
-    gaps = torch.zeros(n_bins).index_add_(0, bins.cpu(), (right - conf).cpu())
+    gaps = torch.bincount(bins.cpu(), (right - conf).cpu(), n_bins)
     return (gaps.abs().sum()/len(logits)).item()
 
 def agreement(
@@ -53,7 +55,8 @@ def agreement(
 def _in_order(dl):
     "All items of `dl`, in order"
     if isinstance(getattr(dl, 'sampler', None), RandomSampler): return TorchDL(dl.dataset, dl.batch_size, num_workers=dl.num_workers, collate_fn=dl.collate_fn)
-    return dl.new(shuffle=False, drop_last=False) if hasattr(dl, 'new') and (dl.shuffle or dl.drop_last) else dl
+    if not hasattr(dl, 'new') or not (dl.shuffle or dl.drop_last): return dl
+    with no_random(reproducible=False): return dl.new(shuffle=False, drop_last=False)
 
 def _split(dl, b):
     "Inputs of a batch, and its label"
@@ -68,12 +71,9 @@ def _copy(xb):
     "Inputs for a model that may write over them"
     return apply(lambda x: x.clone() if isinstance(x, Tensor) else x, xb)
 
-def _inputs_of(dl, n):
-    "Inputs of `n` items, repeated where the first batch has fewer"
-    b = dl.one_batch()
-    n_inp = getattr(dl, 'n_inp', 1)
-    def take(x): return x[torch.arange(n) % len(x)] if isinstance(x, Tensor) else x
-    return tuple(take(x) for x in b[:n_inp])
+def _repeated(xb, n):
+    "Inputs of `n` items, repeated where the batch has fewer"
+    return tuple(x[torch.arange(n) % len(x)] if isinstance(x, Tensor) else x for x in xb)
 
 def _multiply_adds(model, xb):
     "In millions; not a number where PyTorch cannot count them"
@@ -82,34 +82,38 @@ def _multiply_adds(model, xb):
         return flops.get_total_flops()/2e6 or math.nan
     except Exception: return math.nan
 
-def _cost(learn, dl, batch_sizes, n):
+def _cost(learn, xb, batch_sizes, n):
     "Size and speed of a learner's model, in evaluation mode"
-    model,device = learn.model.eval(),one_param(learn.model).device
-    xb = [to_device(_inputs_of(dl, bs), device) for bs in batch_sizes]
+    model,xb = learn.model.eval(),to_device(xb, one_param(learn.model).device)
     size = model_size(model)
-    row = {'parameters':size['parameters'], 'MB':size['MB'], 'million multiply-adds':_multiply_adds(model, to_device(_inputs_of(dl, 1), device))}
-    for bs,x in zip(batch_sizes, xb):
-        times = np.array(time_forward(model, x, n))
+    row = {'parameters':size['parameters'], 'MB':size['MB'], 'million multiply-adds':_multiply_adds(model, _repeated(xb, 1))}
+    for bs in batch_sizes:
+        times = np.array(time_forward(model, _repeated(xb, bs), n))
         row[f'ms per item, batch of {bs}'] = np.median(times)/bs
         row[f'ms per item, batch of {bs} ±'] = np.subtract(*np.percentile(times, [75,25]))/2/bs
     return row
 
 class _Keep(Callback):
-    "Keep logits and labels of this process"
-    def before_validate(self): self.logits,self.labels = [],[]
-    def after_batch(self):
-        self.logits.append(get_logits(self.pred).detach().cpu())
-        self.labels.append(self.y.cpu() if isinstance(self.y, Tensor) else self.y)
+    "Keep the first inputs, the labels, and logits of shape (B, C)"
+    order = 100     # after callbacks that change a batch
+    def __init__(self): self.first,self.logits,self.labels = None,[],[]
+    def before_batch(self):
+        if self.first is None: self.first = _copy(self.xb)
+        self.labels += [y.flatten().cpu().as_subclass(Tensor) for y in self.yb if isinstance(y, Tensor)]
+    def after_pred(self):
+        if (logits := get_logits(self.pred).detach()).ndim == 2: self.logits.append(logits.cpu())
 
-def _quality(learn, dl):
-    "The learner's metrics, its logits and the labels"
-    keep = _Keep()
-    with untouched(learn), learn.no_bar(): values = learn.validate(dl=dl, cbs=keep)
-    logits,targ = torch.cat(keep.logits),torch.cat(keep.labels) if isinstance(keep.labels[0], Tensor) else keep.labels
-    row = dict(zip(['valid_loss',*learn.metrics.attrgot('name')], values))
-    counted = one_class_each(logits, targ, ignored_label(learn.loss_func))
+def _quality(learn, dl, name):
+    "What the learner's metrics say of all items, and `xb` of the first batch, the logits and the labels; each process measures alone"
+    if dl is None and len(learn.dls.loaders) > 1: dl = learn.dls.valid
+    keep,row = _Keep(),{}
+    with untouched(learn), learn.no_bar(), learn.removed_cbs(L(getattr(learn, 'distributed_trainer', None))):
+        if dl is not None: row = dict(zip(['valid_loss',*learn.metrics.attrgot('name')], learn.validate(dl=dl, cbs=keep)))
+    if keep.first is None: raise ValueError(f'{name} has no items to be measured on: its validation set is empty. Give `compare` a loader that has some, with `dl`.')
+    logits,targ = (torch.cat(o) if len({y.shape[1:] for y in o}) == 1 else None for o in (keep.logits,keep.labels))     # none where widths differ
+    counted = None if logits is None else one_class_each(logits, targ, ignored_label(learn.loss_func))
     if counted is not None and len(counted[0]): row['calibration error'] = calibration_error(*counted)
-    return row,logits,targ
+    return SimpleNamespace(row=row, xb=keep.first, logits=logits, targ=targ)
 
 # %% ../nbs/06_report.ipynb #5d6a7380
 class Comparison(pd.DataFrame):
@@ -137,24 +141,25 @@ def compare(
     learners:dict, # Name -> trained `Learner`, or a list of those of several seeds
     teacher:str='teacher', # Name of the one to agree with, if it is there
     baseline:str=None, # Name of the one from which the gain in each metric is counted, seed by seed
-    dl=None, # Where to measure quality; each learner's `dls.valid` by default
+    dl=None, # Where to measure quality, in order though it may shuffle; each learner's `dls.valid` by default
     batch_sizes:tuple=(1,64), # For the time of a forward pass, each on the learner's device
     n:int=30, # Forward passes to time
 ) -> Comparison: # A row for each; ± is the standard deviation over seeds, of times half the range of the middle half
-    "Size, speed and quality of several models; raises `ValueError` where they were measured on different labels"
+    "Size, speed and quality of several models; raises `ValueError` where they were measured on different labels, or on none"
     learners = {k:listify(v) for k,v in learners.items()}
     if not learners or not all(isinstance(l, Learner) for ls in learners.values() for l in ls) or not all(learners.values()):
         raise ValueError('Expected a dictionary from names to `Learner`s, or lists of them, but got something else')
     if baseline is not None and baseline not in learners: raise ValueError(f'Expected the baseline to be one of {", ".join(learners)}, but got {baseline!r}')
-    found = {k:[_quality(l, dl) for l in ls] for k,ls in learners.items()}
-    first = next(iter(found.values()))[0][2]
+    if dl is not None: dl = _in_order(dl)
+    found = {k:[_quality(l, dl, k) for l in ls] for k,ls in learners.items()}
+    first = next(iter(found.values()))[0].targ
     for k,runs in found.items():
-        if any(isinstance(first, Tensor) and not (isinstance(o[2], Tensor) and torch.equal(first, o[2])) for o in runs):
+        if any(first is not None and not (o.targ is not None and torch.equal(first, o.targ)) for o in runs):
             raise ValueError(f'{k} was measured on other labels than {next(iter(found))}: expected the same items in the same order, or a common `dl`')
     if teacher in found: _add_agreement(found, teacher)
     rows = {}
     for k,ls in learners.items():
-        with untouched(ls[0]): rows[k] = {**_cost(ls[0], dl or ls[0].dls.valid, batch_sizes, n), **_summary([o[0] for o in found[k]])}
+        with untouched(ls[0]): rows[k] = {**_cost(ls[0], found[k][0].xb, batch_sizes, n), **_summary([o.row for o in found[k]])}
     if baseline is not None: _add_gains(rows, found, baseline, learners[baseline][0].metrics.attrgot('name'))
     columns = dict.fromkeys(c for row in sorted(rows.values(), key=len, reverse=True) for c in row)
     table = Comparison(pd.DataFrame(rows).T.reindex(columns=columns).infer_objects())
@@ -164,23 +169,23 @@ def compare(
 
 def _add_agreement(found, teacher):
     "Beside the quality of each run: how it agrees with the first teacher"
-    answer = found[teacher][0][1]
-    if answer.ndim != 2: return
+    answer = found[teacher][0].logits
     for k,runs in found.items():
-        for row,logits,_ in runs:
-            if k != teacher and logits.shape == answer.shape: row['agreement'],row['KL from the teacher'] = agreement(logits, answer)
+        for o in runs:
+            if k != teacher and answer is not None and o.logits is not None and o.logits.shape == answer.shape:
+                o.row['agreement'],o.row['KL from the teacher'] = agreement(o.logits, answer)
 
 def _summary(rows):
     table = pd.DataFrame(rows)
     return {f'{k}{s}':v for k in table for s,v in (('', table[k].mean()), (' ±', table[k].std())) if not (s and len(rows) < 2)}
 
 def _add_gains(rows, found, baseline, names):
-    "Differences seed by seed, or from the mean where the numbers of seeds differ"
-    base = pd.DataFrame([o[0] for o in found[baseline]])
+    "Differences in the metrics that both have, seed by seed, or from the mean where the numbers of seeds differ"
+    base = pd.DataFrame([o.row for o in found[baseline]])
     for k,runs in found.items():
         if k == baseline: continue
-        table = pd.DataFrame([o[0] for o in runs])
-        for name in names:
+        table = pd.DataFrame([o.row for o in runs])
+        for name in (n for n in names if n in table):
             gain = table[name] - (base[name] if len(table) == len(base) else base[name].mean())
             rows[k][f'gain in {name}'] = gain.mean()
             if len(gain) > 1: rows[k][f'gain in {name} ±'] = gain.std()
@@ -197,7 +202,7 @@ class DistillationInterpretation(ClassificationInterpretation):
         dl=None, # Items to look at, in order though it may shuffle; the student's validation set by default
     ):
         "Let all of them answer the same items, in order; raises `ValueError` unless these have one class each"
-        with untouched(student): dl = _in_order(student.dls[ds_idx] if dl is None else dl)
+        dl = _in_order(student.dls[ds_idx] if dl is None else dl)
         if not isinstance(teacher, Learner): teacher = Learner(student.dls, TeacherModule(as_teacher(teacher)), loss_func=student.loss_func)
         ignore = ignored_label(student.loss_func)
         learners = dict(teacher=teacher, student=student) | ({} if scratch is None else dict(scratch=scratch))

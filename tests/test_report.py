@@ -3,7 +3,7 @@ import re, shutil, subprocess
 from copy import deepcopy
 from html.parser import HTMLParser
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
-from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, set_seed
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, TfmdDL, accuracy, error_rate, set_seed
 from fastai.callback.progress import CSVLogger
 from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
@@ -102,6 +102,83 @@ def test_mistakes_of_compare(learners):
     with pytest.raises(ValueError, match="one of teacher, scratch, distilled, but got 'best'"): compare(learners, baseline='best')
     other = learner(net(4), loaders(*[list(learners['teacher'].dls.valid_ds)[:8]]*2, 8))
     with pytest.raises(ValueError, match='other was measured on other labels than teacher'): compare(dict(teacher=learners['teacher'], other=other))
+
+def test_baseline_with_other_metrics(learners):
+    "A gain in each metric that both have"
+    a,b,c = learner(net(4)),learner(net(4)),learner(net(4))
+    b.metrics,c.metrics = [accuracy,error_rate],[error_rate]
+    table = compare(dict(a=a, b=b, c=c), baseline='b', n=1)
+    acc = {k:(answers(l)[0].argmax(1) == answers(l)[1]).float().mean().item() for k,l in dict(a=a, b=b, c=c).items()}
+    assert table.loc['a','gain in accuracy'] == pytest.approx(acc['a']-acc['b']) and table.loc['c','gain in error_rate'] == pytest.approx(acc['b']-acc['c'])
+    assert pd.isna(table.loc['c','gain in accuracy']) and pd.isna(table.loc['a','gain in error_rate'])
+
+def test_sequences_of_different_length():
+    "A last batch of shorter sequences, as a language model has it: its labels are compared, token by token"
+    def sequences(*lengths): return [[(torch.arange(n).add(i) % 5, torch.arange(n).add(i+1) % 5) for i in range(4)] for n in lengths]
+    def model(items):
+        dl = TfmdDL([o for b in items for o in b], bs=4, num_workers=0, device='cpu')
+        return Learner(DataLoaders(dl, dl), nn.Sequential(nn.Embedding(5,6), nn.Linear(6,5)), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    items = sequences(7,7,3)
+    a,b = model(items),model(items)
+    table = compare(dict(teacher=a, student=b), n=1)
+    with torch.no_grad(): want = np.mean([(a.model(x).argmax(1) == y).float().mean() for batch in items for x,y in batch])     # fastai's: each item counts once
+    assert table.loc['teacher','accuracy'] == pytest.approx(want, abs=1e-6) and 'agreement' not in table
+    with pytest.raises(ValueError, match='measured on other labels'): compare(dict(teacher=a, student=model(sequences(7,7,4))), n=1)
+
+@pytest.mark.parametrize('n_inp', [1,2])
+def test_loaders_of_pytorch(n_inp):
+    "With one input and with two, beside a learner with fastai's loaders"
+    class Sum(nn.Module):
+        def __init__(self): super().__init__(); self.net = net(4)
+        def forward(self, *xs): return self.net(sum(xs))
+    items = [(*[x]*n_inp, y) for x,y in data().train_ds]
+    ours = learner(Sum(), loaders(items, items, 8))
+    theirs = learner(Sum(), DataLoaders(TorchDL(items, 8, shuffle=True), TorchDL(items, 10)))
+    theirs.model.load_state_dict(ours.model.state_dict())
+    columns = ['valid_loss','accuracy','calibration error','million multiply-adds']
+    for table in (compare(dict(a=ours, b=theirs), n=1), compare(dict(a=ours, b=theirs), n=1, dl=theirs.dls.train)):
+        assert table.loc['a',columns].tolist() == pytest.approx(table.loc['b',columns].tolist(), abs=1e-6) and (table['ms per item, batch of 64'] > 0).all()
+    logits = ours.model.eval()(*[torch.stack(o) for o in list(zip(*items))[:n_inp]])
+    assert table.loc['b','calibration error'] == pytest.approx(calibration_error(logits, torch.stack([i[-1] for i in items])), abs=1e-6)
+
+def test_nothing_to_measure_on():
+    "An empty validation set, and none at all"
+    items = list(data().train_ds)
+    empty,none = learner(net(), loaders(items, items[:1], 8)),learner(net(), loaders(items, items, 8))
+    empty.dls = DataLoaders(empty.dls.train, TfmdDL([], bs=8, num_workers=0, do_setup=False))
+    none.dls = DataLoaders(none.dls.train)
+    for learn in (empty,none):
+        with pytest.raises(ValueError, match='b has no items to be measured on.*with `dl`'): compare(dict(a=learner(), b=learn), n=1)
+        assert compare(dict(b=learn), n=1, dl=learn.dls.train).loc['b','accuracy'] >= 0
+        with pytest.raises(ValueError, match='empty loader'): DistillationInterpretation.from_learners(net(), learn, dl=TfmdDL([], bs=8, num_workers=0, do_setup=False))
+
+@pytest.mark.parametrize('default', [torch.float32,torch.float64])
+def test_double_precision(default):
+    "Models and inputs in float64, whatever the default is"
+    items = [(x.double(), y) for x,y in data().train_ds]
+    torch.set_default_dtype(default)
+    try:
+        a,b = (learner(net(w).double(), loaders(items, items, 8)) for w in (8,4))
+        table = compare(dict(teacher=a, student=b), baseline='student', n=1)
+        DistillationInterpretation.from_learners(a, b).plot_attention([0], '0', '0')
+    finally: torch.set_default_dtype(torch.float32)
+    logits = [answers(l)[0] for l in (a,b)]
+    assert logits[0].dtype == torch.float64
+    assert table['calibration error'].tolist() == pytest.approx([calibration_error(o, answers(a)[1]) for o in logits], abs=1e-6)
+    p,q = (o.softmax(1).numpy() for o in logits)
+    assert table.loc['student','KL from the teacher'] == pytest.approx((p*np.log(p/q)).sum(1).mean(), abs=1e-5)
+
+def test_learners_of_several_processes(learners):
+    "One whose validation set is split between processes is measured on all of it, as the others are"
+    class DistributedTrainer(Callback):     # stands in for fastai's
+        def before_validate(self): self.learn.dl = [tuple(o[:8] for o in self.dl.one_batch())]
+    learn = learners['distilled'][0]
+    want = compare(dict(teacher=learners['teacher'], student=learn), n=1)
+    learn.add_cb(DistributedTrainer())
+    table = compare(dict(teacher=learners['teacher'], student=learn), n=1)
+    assert learn.distributed_trainer in learn.cbs
+    learn.remove_cb(DistributedTrainer)
+    for c in ('accuracy','agreement','calibration error'): assert table.loc['student',c] == pytest.approx(want.loc['student',c])
 
 def test_values_have_neither_calibration_nor_agreement():
     items = [(torch.randn(6), torch.rand(3)) for _ in range(32)]
