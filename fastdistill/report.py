@@ -23,6 +23,7 @@ from fastai.learner import Learner
 from fastai.torch_core import apply, no_random, one_param, show_image, to_device
 from fastcore.basics import listify
 from fastcore.foundation import L
+from matplotlib.text import Text
 from torch import Tensor
 from torch.utils.data import DataLoader as TorchDL, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
@@ -266,27 +267,34 @@ class DistillationInterpretation(ClassificationInterpretation):
 
     def plot_agreement(self,
         ax=None, # Matplotlib axes
+        most:int=30, # How many classes to show: those that student and teacher confuse most
     ): # Matplotlib axes
-        "The agreement matrix, counts off the diagonal written out"
-        m = self.agreement_matrix()
+        "The agreement matrix, with its counts written out"
+        full = self.agreement_matrix()
+        keep = _most_confused(full.values, most)
+        m = full.iloc[keep,keep]
         ax = ax or plt.subplots(figsize=(1.5+0.4*len(m),)*2, layout='constrained')[1]
         ax.imshow(np.log1p(m), cmap='Blues')
         for i,j in np.argwhere(m.values > 0): ax.text(j, i, m.iat[i,j], ha='center', va='center', fontsize=8, color='white' if np.log1p(m.iat[i,j]) > 0.6*np.log1p(m.values.max()) else 'black')
         ax.set(xticks=range(len(m)), yticks=range(len(m)), xlabel='student says', ylabel='teacher says')
         ax.set_xticklabels(m.columns, rotation=90)
         ax.set_yticklabels(m.index)
-        return ax
+        if len(m) < len(full): ax.set_title(f'The {len(m)} of {len(full)} classes that they confuse most', fontsize=10)
+        return _no_formulas(ax)
 
     def plot_per_class(self,
         ax=None, # Matplotlib axes
+        most:int=30, # How many classes to show: those in which student and teacher differ most
     ): # Matplotlib axes
         "Accuracy of each model class by class"
-        table = self.per_class()
+        full = self.per_class()
+        table = full.iloc[np.sort(np.argsort(-(full.student - full.teacher).abs(), kind='stable')[:most])]
         ax = ax or plt.subplots(figsize=(7,3), layout='constrained')[1]
         _bars(table, ax)
         ax.set(ylim=(max(0, table[list(self.logits)].min().min()-0.1), 1), ylabel='accuracy')
+        if len(table) < len(full): ax.set_title(f'The {len(table)} of {len(full)} classes in which they differ most', fontsize=10, loc='left')
         ax.legend(frameon=False, ncols=3, loc='lower right', bbox_to_anchor=(1,1))
-        return ax
+        return _no_formulas(ax)
 
     def plot_disagreements(self,
         k:int=6, # How many items
@@ -308,7 +316,7 @@ class DistillationInterpretation(ClassificationInterpretation):
             _bars(self._most_probable({k:v[i] for k,v in p.items()}), bars)
             bars.set_ylim(0, 1)
         axs[0,1].legend(frameon=False, fontsize=8)
-        return fig
+        return _no_formulas(fig)
 
     def _most_probable(self, probs, most=10):
         "Table of the classes that any of the models takes to be the most probable"
@@ -333,7 +341,7 @@ class DistillationInterpretation(ClassificationInterpretation):
                     ax.imshow(maps[who][j][n], cmap='viridis')
                     ax.set_title(f'{who} {name}', fontsize=8)
                     ax.axis('off')
-        return fig
+        return _no_formulas(fig)
 
     def _batch(self, idxs):
         "Inputs of items, and what they look like; items are found in the order of `dl`"
@@ -347,6 +355,12 @@ class DistillationInterpretation(ClassificationInterpretation):
                 if len(rows) == len(set(idxs)): break
         if missing := [i for i in idxs if i not in rows]: raise ValueError(f'Expected numbers of items from 0 to {start-1}, but got {missing}')
         return [torch.stack(xs) for xs in zip(*(rows[i][0] for i in idxs))],[rows[i][1] for i in idxs]
+
+def _most_confused(counts, n):
+    "Numbers of the `n` classes that stand in the largest cells off the diagonal, in order"
+    cells = np.argsort(np.diag(np.diag(counts)) - counts, axis=None, kind='stable')[:n*n+1]     # which have more than n classes
+    classes = dict.fromkeys(np.stack(np.unravel_index(cells, counts.shape), 1).ravel().tolist())
+    return sorted(list(classes)[:n])
 
 _colors = dict(teacher='#888888', scratch='#4c72b0', student='#dd8452')
 
@@ -381,6 +395,11 @@ def _features(learn, names, xb, role):
     for n,f in zip(names, features):
         if f.ndim != 4: raise ValueError(f'Expected images of shape (B, C, H, W) from layer {n!r} of the {role}, but got {tuple(f.shape)}')
     return [Attention().attention_map(f)[:,0].cpu() for f in features]
+
+def _no_formulas(figure_or_axes):
+    "Let Matplotlib show a name such as '$5' as it is"
+    for t in figure_or_axes.findobj(Text): t.set_parse_math(False)
+    return figure_or_axes
 
 def _show(x, ax, title):
     "An image, or the text of what it is"

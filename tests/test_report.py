@@ -10,6 +10,7 @@ from hypothesis.extra.numpy import arrays
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchDL
+from matplotlib.text import Text
 from conftest import data, learner, loaders, n_hooks, net, same_state, state
 from fastdistill.all import *
 from fastdistill.cli import digits_learner
@@ -221,6 +222,46 @@ def test_pictures_show_what_they_say(learners):
     with pytest.raises(ValueError, match='from 0 to 15'): interp.plot_dark_knowledge([16])
     with pytest.raises(ValueError, match='as many student layers'): interp.plot_attention([0], ['0','1'], ['0'])
     with pytest.raises(ValueError, match='Expected images'): interp.plot_attention([0], ['4'], ['4'])
+
+def interpretation(teacher, student, targ, vocab=None):
+    "One of these answers, given as logits"
+    interp = DistillationInterpretation.__new__(DistillationInterpretation)
+    interp.logits,interp.targ,interp.ignore,interp.vocab = dict(teacher=teacher, student=student),targ,-100,vocab
+    return interp
+
+def test_many_classes():
+    "Of 1,000 those that are confused most: a small picture"
+    n,gen = 1000,np.random.RandomState(0)
+    pairs = gen.permutation(n)[:24].reshape(12,2)     # (what the teacher says, what the student says)
+    t = np.concatenate([np.arange(n), np.repeat(pairs[:,0], 3)])
+    s = np.concatenate([np.arange(n), np.repeat(pairs[:,1], 3)])
+    interp = interpretation(*(F.one_hot(torch.tensor(o), n).float() for o in (t,s)), torch.tensor(t), [f'class {i}' for i in range(n)])
+    ax = interp.plot_agreement(most=24)
+    shown = sorted(pairs.flatten())
+    for names in (ax.get_xticklabels(), ax.get_yticklabels()): assert [o.get_text() for o in names] == [f'class {i}' for i in shown]
+    want = [[((t == a) & (s == b)).sum() for b in shown] for a in shown]
+    assert np.allclose(np.expm1(ax.images[0].get_array()), want) and ax.get_title() == 'The 24 of 1000 classes that they confuse most'
+    assert {(int(o.get_position()[1]), int(o.get_position()[0]), int(o.get_text())) for o in ax.texts} == {(i, j, want[i][j]) for i in range(24) for j in range(24) if want[i][j]}
+    ax = interp.plot_per_class(most=12)
+    assert [o.get_text() for o in ax.get_xticklabels()] == [f'class {i}' for i in sorted(pairs[:,0])]
+    for fig in plt.get_fignums(): assert max(plt.figure(fig).get_size_inches()) < 15
+
+def test_names_are_no_formulas(tmp_path):
+    "Classes, items and layers whose names Matplotlib takes for formulas are drawn as they are, also in axes of the user's"
+    names = [r'$\frac$','$5 or $6','a_b']
+    class Odd(nn.Module):
+        def __init__(self): super().__init__(); self.add_module('$\\frac$', net(4)[0]); self.head = nn.Sequential(nn.Flatten(), nn.Linear(64,3))
+        def forward(self, x): return self.head(self._modules['$\\frac$'](x))
+    learn = learner(Odd())
+    interp = DistillationInterpretation.from_learners(Odd(), learn)
+    interp.vocab = names
+    axes = [plt.subplots()[1] for _ in range(2)]
+    figs = [interp.plot_agreement().figure, interp.plot_per_class().figure, interp.plot_agreement(axes[0]).figure, interp.plot_per_class(axes[1]).figure,
+            interp.plot_disagreements(2), interp.plot_attention([0], '$\\frac$', '$\\frac$')]
+    write_report(tmp_path/'report.html', names[0], [(names[0], fig, names[0]) for fig in figs])
+    assert (tmp_path/'report.html').read_text(encoding='utf-8').count('<img') == 6
+    for fig in figs: assert not any(t.get_parse_math() for t in fig.findobj(Text) if '$' in t.get_text())     # as they were drawn
+    assert [o.get_text() for o in axes[0].get_xticklabels()] == [o.get_text() for o in axes[1].get_xticklabels()] == names
 
 def test_interpretation_of_images(tmp_path):
     "Items that are decoded, with names of classes"
