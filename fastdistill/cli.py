@@ -425,6 +425,6 @@ def main():
     try: fastdistill(**{k:v for k,v in args.items() if k not in ('pdb','xtra')})
     except (KeyboardInterrupt,BrokenPipeError) as e:
         if isinstance(e, BrokenPipeError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # or Python complains when it exits
-        print(f'fastdistill: {e}', file=sys.stderr)
+        if not rank_distrib(): print(f'fastdistill: {e}', file=sys.stderr)
         sys.exit(130)
     except (ValueError,KeyError,OSError) as e: sys.exit(f'fastdistill: {e.args[0] if isinstance(e, KeyError) else e}')
