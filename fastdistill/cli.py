@@ -18,7 +18,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from fastai.basics import Categorize, CrossEntropyLossFlat, DataLoaders, Datasets, Learner, Transform, accuracy, load_model, set_seed, tensor
+from fastai.basics import (Categorize, CrossEntropyLossFlat, DataLoaders, Datasets, Learner, Transform, accuracy,
+                           load_model, set_seed, tensor)
 from fastai.callback.all import *
 from fastai.layers import ConvLayer, Flatten
 from fastai.torch_core import num_distrib, rank_distrib
@@ -221,7 +222,9 @@ def image_dls(
     "Images by class, normalised with ImageNet's statistics"
     from fastai.vision.all import ImageDataLoaders, Normalize, Resize, get_image_files, imagenet_stats
     path = Path(path)
-    if not 0 < valid_pct < 1: raise ValueError(f'Expected valid_pct to be above 0 and below 1, 0.2 for a fifth of the images, but got {valid_pct}')
+    if not 0 < valid_pct < 1:
+        raise ValueError('Expected valid_pct to be above 0 and below 1 (0.2 for a fifth of the images), '
+                         f'but got {valid_pct}')
     if not path.is_dir(): raise ValueError(f'{path}: no such folder. Expected a folder of images by class.')
     valid = next((o for o in ('valid','val','validation') if (path/'train').is_dir() and (path/o).is_dir()), None)
     classes = {f.parent.name for f in get_image_files(path/'train' if valid else path)}
@@ -230,10 +233,12 @@ def image_dls(
     dls = ImageDataLoaders.from_folder(path, valid=valid, valid_pct=None if valid else valid_pct, seed=0, bs=bs, item_tfms=Resize(size),
                                        batch_tfms=Normalize.from_stats(*imagenet_stats))
     if not len(dls.train): raise ValueError(f'{path}: {len(dls.train_ds)} images to train on do not fill a batch of {bs}. Give a smaller --bs.')
-    if not len(dls.valid_ds): raise ValueError(f'{path}: no images to validate on. ' + (f'Expected some in its folder {valid}.' if valid else 'Give a larger --valid_pct.'))
+    if not len(dls.valid_ds):
+        cure = f'Expected some in its folder {valid}.' if valid else 'Give a larger --valid_pct.'
+        raise ValueError(f'{path}: no images to validate on. {cure}')
     if unknown := {f.parent.name for f in dls.valid_ds.items} - set(dls.vocab):
-        raise ValueError(f'{path}: images of {", ".join(sorted(unknown))} to validate on, but none to train on. ' +
-                         (f'Expected the same classes in train and {valid}.' if valid else 'Add images, or give another --valid_pct.'))
+        cure = f'Expected the same classes in train and {valid}.' if valid else 'Add images, or another --valid_pct.'
+        raise ValueError(f'{path}: images of {", ".join(sorted(unknown))} to validate on, but none to train on. {cure}')
     return dls
 
 # %% ../nbs/07_cli.ipynb #8392792a
@@ -276,7 +281,8 @@ def image_teacher(
                                           'or train the teacher with --from_scratch.') from None
     except StopIteration: raise ValueError(f'fastai cannot put a head of its own on {name}, which has no pooling layer. '
                                            'Try it as timm:NAME, or another architecture.') from None
-    except Exception as e: raise ValueError(f'fastai cannot put a head of its own on {name} ({_brief(e)}). Try it as timm:NAME, or another architecture.') from e
+    except Exception as e: raise ValueError(f'fastai cannot put a head of its own on {name} ({_brief(e)}). '
+                                           'Try it as timm:NAME, or another architecture.') from e
     learn.unfreeze()
     if weights: learn.model = _load_weights(weights, name, learn.model, plain_model(name, dls.c)).to(dls.device)
     return learn
@@ -322,7 +328,9 @@ def _try_step(learn, what, cbs=()):
         batch = learn.dls.one_batch()
         learn.dls = DataLoaders([batch], [batch])
         try: learn.fit(1, cbs=cbs)
-        except Exception as e: raise ValueError(f'{what} cannot be trained on batches of shape {tuple(batch[0].shape)}: {_brief(e)}') from e
+        except Exception as e:
+            shape = tuple(batch[0].shape)
+            raise ValueError(f'{what} cannot be trained on batches of shape {shape}: {_brief(e)}') from e
 
 def distill_images(
     path, # Folder of images by class
@@ -364,11 +372,13 @@ def _folder(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
-    except OSError as e: raise ValueError(f'{out}: cannot be written to ({e.strerror}). Give another folder with --out.') from None
+    except OSError as e:
+        raise ValueError(f'{out}: cannot be written to ({e.strerror}). Give another folder with --out.') from None
     def files(): return {f.name:f.stat().st_mtime_ns for f in out.iterdir()}
     found = files()
     try: yield
-    except (KeyboardInterrupt,BrokenPipeError) as e: raise type(e)(_stopped(out, sorted(dict(files().items() - found.items())))) from e
+    except (KeyboardInterrupt,BrokenPipeError) as e:
+        raise type(e)(_stopped(out, sorted(dict(files().items() - found.items())))) from e
     finally:
         with suppress(OSError):     # not empty
             for p in made: p.rmdir()
@@ -413,7 +423,8 @@ def fastdistill(
     out = Path(out)
     with _folder(out):
         _start_processes()
-        results = distill_digits(**args) if path is None else distill_images(path, **args, save_teacher=out/'teacher.pth')
+        if path is None: results = distill_digits(**args)
+        else: results = distill_images(path, **args, save_teacher=out/'teacher.pth')
         return report(*results, out)
 
 def main():
@@ -424,7 +435,8 @@ def main():
     args = vars(anno_parser(fastdistill, prog='fastdistill').parse_args([spell(a) for a in sys.argv[1:]]))
     try: fastdistill(**{k:v for k,v in args.items() if k not in ('pdb','xtra')})
     except (KeyboardInterrupt,BrokenPipeError) as e:
-        if isinstance(e, BrokenPipeError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # or Python complains when it exits
+        if isinstance(e, BrokenPipeError):     # Python writes the rest of its output when it exits, and would complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not rank_distrib(): print(f'fastdistill: {e}', file=sys.stderr)
         sys.exit(130)
     except (ValueError,KeyError,OSError) as e: sys.exit(f'fastdistill: {e.args[0] if isinstance(e, KeyError) else e}')

@@ -55,7 +55,8 @@ def agreement(
 # %% ../nbs/06_report.ipynb #13b45f34
 def _in_order(dl):
     "All items of `dl`, in order"
-    if isinstance(getattr(dl, 'sampler', None), RandomSampler): return TorchDL(dl.dataset, dl.batch_size, num_workers=dl.num_workers, collate_fn=dl.collate_fn)
+    if isinstance(getattr(dl, 'sampler', None), RandomSampler):
+        return TorchDL(dl.dataset, dl.batch_size, num_workers=dl.num_workers, collate_fn=dl.collate_fn)
     if not hasattr(dl, 'new') or not (dl.shuffle or dl.drop_last): return dl
     with no_random(reproducible=False): return dl.new(shuffle=False, drop_last=False)
 
@@ -86,8 +87,7 @@ def _multiply_adds(model, xb):
 def _cost(learn, xb, batch_sizes, n):
     "Size and speed of a learner's model, in evaluation mode"
     model,xb = learn.model.eval(),to_device(xb, one_param(learn.model).device)
-    size = model_size(model)
-    row = {'parameters':size['parameters'], 'MB':size['MB'], 'million multiply-adds':_multiply_adds(model, _repeated(xb, 1))}
+    row = {**model_size(model), 'million multiply-adds':_multiply_adds(model, _repeated(xb, 1))}
     for bs in batch_sizes:
         times = np.array(time_forward(model, _repeated(xb, bs), n))
         row[f'ms per item, batch of {bs}'] = np.median(times)/bs
@@ -105,13 +105,15 @@ class _Keep(Callback):
         if (logits := get_logits(self.pred).detach()).ndim == 2: self.logits.append(logits.cpu())
 
 def _quality(learn, dl, name):
-    "What the learner's metrics say of all items, and `xb` of the first batch, the logits and the labels; each process measures alone"
+    "Metrics of a learner on all items, by this process alone, with the first inputs, the logits and the labels"
     if dl is None and len(learn.dls.loaders) > 1: dl = learn.dls.valid
     keep,row = _Keep(),{}
     with untouched(learn), learn.no_bar(), learn.removed_cbs(L(getattr(learn, 'distributed_trainer', None))):
-        if dl is not None: row = dict(zip(['valid_loss',*learn.metrics.attrgot('name')], learn.validate(dl=dl, cbs=keep)))
-    if keep.first is None: raise ValueError(f'{name} has no items to be measured on: its validation set is empty. Give `compare` a loader that has some, with `dl`.')
-    logits,targ = (torch.cat(o) if len({y.shape[1:] for y in o}) == 1 else None for o in (keep.logits,keep.labels))     # none where widths differ
+        names = ['valid_loss',*learn.metrics.attrgot('name')]
+        if dl is not None: row = dict(zip(names, learn.validate(dl=dl, cbs=keep)))
+    if keep.first is None: raise ValueError(f'{name} has no items to be measured on: its validation set is empty. '
+                                            'Give `compare` a loader that has some, with `dl`.')
+    logits,targ = (torch.cat(o) if len({x.shape[1:] for x in o}) == 1 else None for o in (keep.logits,keep.labels))
     counted = None if logits is None else one_class_each(logits, targ, ignored_label(learn.loss_func))
     if counted is not None and len(counted[0]): row['calibration error'] = calibration_error(*counted)
     return SimpleNamespace(row=row, xb=keep.first, logits=logits, targ=targ)
@@ -146,7 +148,7 @@ def compare(
     batch_sizes:tuple=(1,64), # For the time of a forward pass, each on the learner's device
     n:int=30, # Forward passes to time
 ) -> Comparison: # A row for each; ± is the standard deviation over seeds, of times half the range of the middle half
-    "Size, speed and quality of several models; raises `ValueError` where they were measured on different labels, or on none"
+    "Size, speed and quality of several models; raises `ValueError` where they are measured on other labels, or on none"
     learners = {k:listify(v) for k,v in learners.items()}
     if not learners or not all(isinstance(l, Learner) for ls in learners.values() for l in ls) or not all(learners.values()):
         raise ValueError('Expected a dictionary from names to `Learner`s, or lists of them, but got something else')
@@ -160,7 +162,8 @@ def compare(
     if teacher in found: _add_agreement(found, teacher)
     rows = {}
     for k,ls in learners.items():
-        with untouched(ls[0]): rows[k] = {**_cost(ls[0], found[k][0].xb, batch_sizes, n), **_summary([o.row for o in found[k]])}
+        with untouched(ls[0]): cost = _cost(ls[0], found[k][0].xb, batch_sizes, n)
+        rows[k] = {**cost, **_summary([o.row for o in found[k]])}
     if baseline is not None: _add_gains(rows, found, baseline, learners[baseline][0].metrics.attrgot('name'))
     columns = dict.fromkeys(c for row in sorted(rows.values(), key=len, reverse=True) for c in row)
     table = Comparison(pd.DataFrame(rows).T.reindex(columns=columns).infer_objects())
@@ -257,9 +260,10 @@ class DistillationInterpretation(ClassificationInterpretation):
         return pd.DataFrame(torch.bincount(t*c + s, minlength=c*c).view(c, c).numpy(), index=pd.Index(names, name='teacher'), columns=pd.Index(names, name='student'))
 
     def per_class(self) -> pd.DataFrame: # A row for each class: items, accuracy of each model, and the student's gain over scratch
-        "Accuracy class by class, with the gain over the student from scratch if there is one; items whose label is ignored do not count"
+        "Accuracy class by class, with the gain over the student from scratch if there is one, without ignored labels"
         counts = self.targ != self.ignore
-        right = pd.DataFrame({k:(v.argmax(1) == self.targ)[counts].numpy() for k,v in self.logits.items()}).groupby(self.targ[counts].numpy())
+        right = pd.DataFrame({k:(v.argmax(1) == self.targ)[counts].numpy() for k,v in self.logits.items()})
+        right = right.groupby(self.targ[counts].numpy())
         table = right.mean()
         table.insert(0, 'items', right.size())
         table.index = pd.Index([self.name(i) for i in table.index], name='class')
@@ -292,7 +296,8 @@ class DistillationInterpretation(ClassificationInterpretation):
         ax = ax or plt.subplots(figsize=(7,3), layout='constrained')[1]
         _bars(table, ax)
         ax.set(ylim=(max(0, table[list(self.logits)].min().min()-0.1), 1), ylabel='accuracy')
-        if len(table) < len(full): ax.set_title(f'The {len(table)} of {len(full)} classes in which they differ most', fontsize=10, loc='left')
+        if len(table) < len(full):
+            ax.set_title(f'The {len(table)} of {len(full)} classes in which they differ most', fontsize=10, loc='left')
         ax.legend(frameon=False, ncols=3, loc='lower right', bbox_to_anchor=(1,1))
         return _no_formulas(ax)
 
@@ -358,7 +363,8 @@ class DistillationInterpretation(ClassificationInterpretation):
 
 def _most_confused(counts, n):
     "Numbers of the `n` classes that stand in the largest cells off the diagonal, in order"
-    cells = np.argsort(np.diag(np.diag(counts)) - counts, axis=None, kind='stable')[:n*n+1]     # which have more than n classes
+    off = counts - np.diag(np.diag(counts))
+    cells = np.argsort(-off, axis=None, kind='stable')[:n*n+1]     # enough to name n classes
     classes = dict.fromkeys(np.stack(np.unravel_index(cells, counts.shape), 1).ravel().tolist())
     return sorted(list(classes)[:n])
 
@@ -371,7 +377,7 @@ def _bars(table, ax):
     ax.spines[['top','right']].set_visible(False)
 
 def _answers(learners, dl):
-    "Logits of each learner, and labels, of the items of `dl`, by this process alone; a batch is drawn once and answered by all"
+    "Logits of each learner and labels, by this process alone; a batch is drawn once and answered by all"
     found = []
     with ExitStack() as stack, torch.no_grad():
         for l in learners.values(): stack.enter_context(untouched(l))
@@ -380,7 +386,9 @@ def _answers(learners, dl):
             xb,y = _split(dl, b)
             logits = [get_logits(m(*to_device(_copy(xb), one_param(m).device))).float().cpu() for m in models.values()]
             for o in logits:
-                if one_class_each(o, y) is None: raise ValueError(f'Expected one class for each item, but got logits {tuple(o.shape)} and labels {tuple(getattr(y, "shape", ()))}')
+                if one_class_each(o, y) is None:
+                    shapes = f'logits {tuple(o.shape)} and labels {tuple(getattr(y, "shape", ()))}'
+                    raise ValueError(f'Expected one class for each item, but got {shapes}')
             found.append((*logits, y.flatten().long().cpu()))
     if not found: raise ValueError('Expected items to answer, but got an empty loader')
     *logits,targ = [torch.cat(o).as_subclass(Tensor) for o in zip(*found)]
