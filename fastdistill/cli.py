@@ -8,8 +8,8 @@ __all__ = ['digits_methods', 'image_losses', 'train_students', 'plot_results', '
            'plain_model', 'image_teacher', 'image_loss', 'distill_images', 'fastdistill', 'main']
 
 # %% ../nbs/07_cli.ipynb #9eb6da30
-import inspect, sys, time
-from contextlib import contextmanager
+import inspect, os, sys, tempfile, time
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from fastai.basics import Categorize, CrossEntropyLossFlat, Datasets, Learner, Transform, accuracy, load_model, set_seed, tensor
+from fastai.basics import (Categorize, CrossEntropyLossFlat, DataLoaders, Datasets, Learner, Transform, accuracy,
+                           load_model, set_seed, tensor)
 from fastai.callback.all import *
 from fastai.layers import ConvLayer, Flatten
 from fastai.torch_core import num_distrib, rank_distrib
@@ -27,10 +28,10 @@ try: from fastcore.script import Param   # fastcore 1
 except ImportError: Param = None         # fastcore 2, which annotates with typing.Annotated and spells options with hyphens
 from torch import nn
 from .callback import KnowledgeDistillationCallback, Match
-from .layers import get_layer
+from .check import untouched
 from .losses import (DIST, PKT, RKD, VID, ActivationBoundaries, Attention, ChannelWise, Cosine, DecoupledKD, FitNet, HardTarget, Logits,
                                 NormalizedKD, Similarity, SoftTarget)
-from .report import DistillationInterpretation, compare, write_report
+from .report import DistillationInterpretation, _no_formulas, compare, write_report
 
 # %% ../nbs/07_cli.ipynb #4b34ecc6
 def _say(text):
@@ -103,7 +104,7 @@ def plot_results(
     bars.set(xlim=(least,1), xlabel=f'final accuracy with standard deviation, from {least:.2f}')
     bars.invert_yaxis()
     for ax in (curves,bars): ax.spines[['top','right']].set_visible(False)
-    return fig
+    return _no_formulas(fig)
 
 def report(
     runs:pd.DataFrame, # Rows of `train_students`
@@ -115,13 +116,14 @@ def report(
     scratch,*others = learners
     table = compare(dict(teacher=teacher, **learners), baseline=scratch)
     if rank_distrib(): return table
+    print(f'\n{table}', flush=True)
     table.to_csv(out/'results.csv', index_label='model')
     runs.to_csv(out/'runs.csv', index=False)
     fig = plot_results(runs, table)
     fig.savefig(out/'results.png', dpi=120)
     for name,ls in learners.items(): ls[0].export((out/f'student-{name.split()[-1]}.pkl').absolute())
-    print(f'\n{table}\nWritten to {out}/: results.csv, runs.csv, results.png, report.html and the students.')
     with teacher.no_bar(): _write_page(out/'report.html', table, fig, teacher, learners[others[0]][0], others[0], learners[scratch][0])
+    print(f'Written to {out}/: results.csv, runs.csv, results.png, report.html and the students.', flush=True)
     return table
 
 def _write_page(file, table, fig, teacher, student, name, scratch):
@@ -216,10 +218,13 @@ def image_dls(
     size:int=64, # Height and width to which images are cropped and resized
     bs:int=64, # Batch size
     valid_pct:float=0.2, # Share of the images to validate on, where there is no folder 'valid'
-): # `DataLoaders`; raises `ValueError` where there are no images or there is one class only
+): # `DataLoaders`; raises `ValueError` where a set or a class has no images, or there is one class only
     "Images by class, normalised with ImageNet's statistics"
     from fastai.vision.all import ImageDataLoaders, Normalize, Resize, get_image_files, imagenet_stats
     path = Path(path)
+    if not 0 < valid_pct < 1:
+        raise ValueError('Expected valid_pct to be above 0 and below 1 (0.2 for a fifth of the images), '
+                         f'but got {valid_pct}')
     if not path.is_dir(): raise ValueError(f'{path}: no such folder. Expected a folder of images by class.')
     valid = next((o for o in ('valid','val','validation') if (path/'train').is_dir() and (path/o).is_dir()), None)
     classes = {f.parent.name for f in get_image_files(path/'train' if valid else path)}
@@ -228,6 +233,12 @@ def image_dls(
     dls = ImageDataLoaders.from_folder(path, valid=valid, valid_pct=None if valid else valid_pct, seed=0, bs=bs, item_tfms=Resize(size),
                                        batch_tfms=Normalize.from_stats(*imagenet_stats))
     if not len(dls.train): raise ValueError(f'{path}: {len(dls.train_ds)} images to train on do not fill a batch of {bs}. Give a smaller --bs.')
+    if not len(dls.valid_ds):
+        cure = f'Expected some in its folder {valid}.' if valid else 'Give a larger --valid_pct.'
+        raise ValueError(f'{path}: no images to validate on. {cure}')
+    if unknown := {f.parent.name for f in dls.valid_ds.items} - set(dls.vocab):
+        cure = f'Expected the same classes in train and {valid}.' if valid else 'Add images, or another --valid_pct.'
+        raise ValueError(f'{path}: images of {", ".join(sorted(unknown))} to validate on, but none to train on. {cure}')
     return dls
 
 # %% ../nbs/07_cli.ipynb #8392792a
@@ -270,6 +281,8 @@ def image_teacher(
                                           'or train the teacher with --from_scratch.') from None
     except StopIteration: raise ValueError(f'fastai cannot put a head of its own on {name}, which has no pooling layer. '
                                            'Try it as timm:NAME, or another architecture.') from None
+    except Exception as e: raise ValueError(f'fastai cannot put a head of its own on {name} ({_brief(e)}). '
+                                           'Try it as timm:NAME, or another architecture.') from e
     learn.unfreeze()
     if weights: learn.model = _load_weights(weights, name, learn.model, plain_model(name, dls.c)).to(dls.device)
     return learn
@@ -304,6 +317,21 @@ def image_loss(
     if kw and 'T' not in inspect.signature(loss).parameters: raise ValueError(f'{name} has no temperature, but got {temperature}')
     return Match(loss(**kw), student_layers, teacher_layers, projector=loss in (Cosine,ActivationBoundaries,ChannelWise))
 
+def _brief(e):
+    "What an exception says, in one line; fastai puts the name of a callback above it"
+    lines = str(e.args[0] if isinstance(e, KeyError) and e.args else e).splitlines()
+    return next((l.strip() for l in lines if l.strip() and not l.startswith('Exception occured in')), type(e).__name__)
+
+def _try_step(learn, what, cbs=()):
+    "Train and validate on one batch, and leave the learner as it was; raises `ValueError` with what went wrong"
+    with untouched(learn), learn.no_bar():
+        batch = learn.dls.one_batch()
+        learn.dls = DataLoaders([batch], [batch])
+        try: learn.fit(1, cbs=cbs)
+        except Exception as e:
+            shape = tuple(batch[0].shape)
+            raise ValueError(f'{what} cannot be trained on batches of shape {shape}: {_brief(e)}') from e
+
 def distill_images(
     path, # Folder of images by class
     teacher:str='resnet34', # torchvision model, or timm:NAME
@@ -328,13 +356,38 @@ def distill_images(
     kw = dict(loss=image_loss(loss, temperature, student_layers, teacher_layers), weight=weight, task_weight=task_weight)
     dls = image_dls(path, size, bs, valid_pct)
     def new_student(): return Learner(dls, plain_model(student, dls.c), metrics=accuracy)
-    student_model,learn = new_student().model,image_teacher(dls, teacher, teacher_weights, not from_scratch)
-    for m in KnowledgeDistillationCallback(learn, **kw).matches:
-        for n in m.student_layers: get_layer(student_model, n, 'student')
+    _try_step(new_student(), f'The student {student}')
+    learn = image_teacher(dls, teacher, teacher_weights, not from_scratch)
+    kd = KnowledgeDistillationCallback(learn, **kw)
+    if not teacher_weights: _try_step(learn, f'The teacher {teacher}')
+    _try_step(new_student(), f'The student {student} with {loss} and the teacher {teacher}', kd)
     if not teacher_weights: train_teacher(learn, epochs, lr, save_teacher)
     return *train_students(new_student, with_teacher(learn, {'scratch':{}, loss:kw}), epochs, lr, seeds), learn
 
 # %% ../nbs/07_cli.ipynb #f41b4019
+@contextmanager
+def _folder(out):
+    "The folder to write to; one that was made here and stays empty is removed. Ctrl-C says what was written"
+    made = [p for p in (out,*out.parents) if not p.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as e:
+        raise ValueError(f'{out}: cannot be written to ({e.strerror}). Give another folder with --out.') from None
+    def files(): return {f.name:f.stat().st_mtime_ns for f in out.iterdir()}
+    found = files()
+    try: yield
+    except (KeyboardInterrupt,BrokenPipeError) as e:
+        raise type(e)(_stopped(out, sorted(dict(files().items() - found.items())))) from e
+    finally:
+        with suppress(OSError):     # not empty
+            for p in made: p.rmdir()
+
+def _stopped(out, written):
+    if 'teacher.pth' in written: how = f'The teacher is trained: go on with --teacher_weights {out/"teacher.pth"}.'
+    else: how = 'Start again to get results.'
+    return f'Stopped. Written to {out}/: {", ".join(written) or "nothing"}. {how}'
+
 _help = 'Folder of images by class, or with folders train and valid of such; without it, the digits that ship with scikit-learn'
 _path = Param(_help, str, nargs='?', opt=False) if Param else Annotated[str, _help, dict(nargs='?', opt=False)]
 
@@ -366,11 +419,13 @@ def fastdistill(
         raise ValueError(f'{", ".join(sorted(extra))}: only for a folder of images, and none was given')
     for k in ('student_layers','teacher_layers'):
         if k in args: args[k] = args[k].split(',')
+    if not args.get('lr', 1) > 0: raise ValueError(f'Expected lr to be above 0, but got {args["lr"]}')
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    _start_processes()
-    results = distill_digits(**args) if path is None else distill_images(path, **args, save_teacher=out/'teacher.pth')
-    return report(*results, out)
+    with _folder(out):
+        _start_processes()
+        if path is None: results = distill_digits(**args)
+        else: results = distill_images(path, **args, save_teacher=out/'teacher.pth')
+        return report(*results, out)
 
 def main():
     "Run `fastdistill` with the arguments of the command line; options may be spelt with underscores or with hyphens"
@@ -379,4 +434,9 @@ def main():
         return '--' + name[2:].replace(*('-_' if Param else '_-')) + eq + value if arg.startswith('--') else arg
     args = vars(anno_parser(fastdistill, prog='fastdistill').parse_args([spell(a) for a in sys.argv[1:]]))
     try: fastdistill(**{k:v for k,v in args.items() if k not in ('pdb','xtra')})
+    except (KeyboardInterrupt,BrokenPipeError) as e:
+        if isinstance(e, BrokenPipeError):     # Python writes the rest of its output when it exits, and would complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not rank_distrib(): print(f'fastdistill: {e}', file=sys.stderr)
+        sys.exit(130)
     except (ValueError,KeyError,OSError) as e: sys.exit(f'fastdistill: {e.args[0] if isinstance(e, KeyError) else e}')

@@ -8,8 +8,10 @@ __all__ = ['calibration_error', 'agreement', 'Comparison', 'compare', 'Distillat
 # %% ../nbs/06_report.ipynb #580050b1
 import io, math
 from base64 import b64encode
+from contextlib import ExitStack
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -18,14 +20,17 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
-from fastai.torch_core import one_param, show_image, to_device
+from fastai.torch_core import apply, no_random, one_param, show_image, to_device
 from fastcore.basics import listify
+from fastcore.foundation import L
+from matplotlib.text import Text
 from torch import Tensor
+from torch.utils.data import DataLoader as TorchDL, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 from .check import TeacherModule, model_size, time_forward, untouched
 from .layers import FeatureHooks
 from .losses import Attention
-from .teacher import as_teacher, get_logits
+from .teacher import as_teacher, get_logits, ignored_label, one_class_each
 
 # %% ../nbs/06_report.ipynb #e59dde68
 def calibration_error(
@@ -36,7 +41,7 @@ def calibration_error(
     "Expected calibration error: the difference of confidence and accuracy, averaged over bins by their number of items ([Guo 2017](https://arxiv.org/abs/1706.04599))"
     conf,pred = logits.float().softmax(1).max(1)
     bins,right = (conf*n_bins).ceil().clamp(1, n_bins).long()-1,(pred == targ).float()
-    gaps = torch.zeros(n_bins).index_add_(0, bins.cpu(), (right - conf).cpu())
+    gaps = torch.bincount(bins.cpu(), (right - conf).cpu(), n_bins)
     return (gaps.abs().sum()/len(logits)).item()
 
 def agreement(
@@ -48,12 +53,29 @@ def agreement(
     return (student.argmax(1) == teacher.argmax(1)).float().mean().item(),F.kl_div(s, t, log_target=True, reduction='batchmean').item()
 
 # %% ../nbs/06_report.ipynb #13b45f34
-def _inputs_of(dl, n):
-    "Inputs of `n` items, repeated where the first batch has fewer"
-    b = dl.one_batch()
-    n_inp = getattr(dl, 'n_inp', 1)
-    def take(x): return x[torch.arange(n) % len(x)] if isinstance(x, Tensor) else x
-    return tuple(take(x) for x in b[:n_inp])
+def _in_order(dl):
+    "All items of `dl`, in order"
+    if isinstance(getattr(dl, 'sampler', None), RandomSampler):
+        return TorchDL(dl.dataset, dl.batch_size, num_workers=dl.num_workers, collate_fn=dl.collate_fn)
+    if not hasattr(dl, 'new') or not (dl.shuffle or dl.drop_last): return dl
+    with no_random(reproducible=False): return dl.new(shuffle=False, drop_last=False)
+
+def _split(dl, b):
+    "Inputs of a batch, and its label"
+    n_inp = getattr(dl, 'n_inp', max(1, len(b)-1))     # as fastai's learner takes it
+    return tuple(b[:n_inp]),b[n_inp]
+
+def _decoded(dl, b):
+    "The items of a batch as they are shown; PyTorch's own loaders cannot decode them"
+    return dl.decode_batch(b, max_n=len(b[0])) if hasattr(dl, 'decode_batch') else list(zip(*b))
+
+def _copy(xb):
+    "Inputs for a model that may write over them"
+    return apply(lambda x: x.clone() if isinstance(x, Tensor) else x, xb)
+
+def _repeated(xb, n):
+    "Inputs of `n` items, repeated where the batch has fewer"
+    return tuple(x[torch.arange(n) % len(x)] if isinstance(x, Tensor) else x for x in xb)
 
 def _multiply_adds(model, xb):
     "In millions; not a number where PyTorch cannot count them"
@@ -62,33 +84,39 @@ def _multiply_adds(model, xb):
         return flops.get_total_flops()/2e6 or math.nan
     except Exception: return math.nan
 
-def _cost(learn, dl, batch_sizes, n):
+def _cost(learn, xb, batch_sizes, n):
     "Size and speed of a learner's model, in evaluation mode"
-    model,device = learn.model.eval(),one_param(learn.model).device
-    xb = [to_device(_inputs_of(dl, bs), device) for bs in batch_sizes]
-    size = model_size(model)
-    row = {'parameters':size['parameters'], 'MB':size['MB'], 'million multiply-adds':_multiply_adds(model, to_device(_inputs_of(dl, 1), device))}
-    for bs,x in zip(batch_sizes, xb):
-        times = np.array(time_forward(model, x, n))
+    model,xb = learn.model.eval(),to_device(xb, one_param(learn.model).device)
+    row = {**model_size(model), 'million multiply-adds':_multiply_adds(model, _repeated(xb, 1))}
+    for bs in batch_sizes:
+        times = np.array(time_forward(model, _repeated(xb, bs), n))
         row[f'ms per item, batch of {bs}'] = np.median(times)/bs
         row[f'ms per item, batch of {bs} ±'] = np.subtract(*np.percentile(times, [75,25]))/2/bs
     return row
 
 class _Keep(Callback):
-    "Keep logits and labels of this process"
-    def before_validate(self): self.logits,self.labels = [],[]
-    def after_batch(self):
-        self.logits.append(get_logits(self.pred).detach().cpu())
-        self.labels.append(self.y.cpu() if isinstance(self.y, Tensor) else self.y)
+    "Keep the first inputs, the labels, and logits of shape (B, C)"
+    order = 100     # after callbacks that change a batch
+    def __init__(self): self.first,self.logits,self.labels = None,[],[]
+    def before_batch(self):
+        if self.first is None: self.first = _copy(self.xb)
+        self.labels += [y.flatten().cpu().as_subclass(Tensor) for y in self.yb if isinstance(y, Tensor)]
+    def after_pred(self):
+        if (logits := get_logits(self.pred).detach()).ndim == 2: self.logits.append(logits.cpu())
 
-def _quality(learn, dl):
-    "The learner's metrics, its logits and the labels"
-    keep = _Keep()
-    with untouched(learn), learn.no_bar(): values = learn.validate(dl=dl, cbs=keep)
-    logits,targ = torch.cat(keep.logits),torch.cat(keep.labels) if isinstance(keep.labels[0], Tensor) else keep.labels
-    row = dict(zip(['valid_loss',*learn.metrics.attrgot('name')], values))
-    if logits.ndim == 2 and isinstance(targ, Tensor) and targ.ndim == 1 and not targ.is_floating_point(): row['calibration error'] = calibration_error(logits, targ)
-    return row,logits,targ
+def _quality(learn, dl, name):
+    "Metrics of a learner on all items, by this process alone, with the first inputs, the logits and the labels"
+    if dl is None and len(learn.dls.loaders) > 1: dl = learn.dls.valid
+    keep,row = _Keep(),{}
+    with untouched(learn), learn.no_bar(), learn.removed_cbs(L(getattr(learn, 'distributed_trainer', None))):
+        names = ['valid_loss',*learn.metrics.attrgot('name')]
+        if dl is not None: row = dict(zip(names, learn.validate(dl=dl, cbs=keep)))
+    if keep.first is None: raise ValueError(f'{name} has no items to be measured on: its validation set is empty. '
+                                            'Give `compare` a loader that has some, with `dl`.')
+    logits,targ = (torch.cat(o) if len({x.shape[1:] for x in o}) == 1 else None for o in (keep.logits,keep.labels))
+    counted = None if logits is None else one_class_each(logits, targ, ignored_label(learn.loss_func))
+    if counted is not None and len(counted[0]): row['calibration error'] = calibration_error(*counted)
+    return SimpleNamespace(row=row, xb=keep.first, logits=logits, targ=targ)
 
 # %% ../nbs/06_report.ipynb #5d6a7380
 class Comparison(pd.DataFrame):
@@ -116,24 +144,26 @@ def compare(
     learners:dict, # Name -> trained `Learner`, or a list of those of several seeds
     teacher:str='teacher', # Name of the one to agree with, if it is there
     baseline:str=None, # Name of the one from which the gain in each metric is counted, seed by seed
-    dl=None, # Where to measure quality; each learner's `dls.valid` by default
+    dl=None, # Where to measure quality, in order though it may shuffle; each learner's `dls.valid` by default
     batch_sizes:tuple=(1,64), # For the time of a forward pass, each on the learner's device
     n:int=30, # Forward passes to time
 ) -> Comparison: # A row for each; ± is the standard deviation over seeds, of times half the range of the middle half
-    "Size, speed and quality of several models; raises `ValueError` where they were measured on different labels"
+    "Size, speed and quality of several models; raises `ValueError` where they are measured on other labels, or on none"
     learners = {k:listify(v) for k,v in learners.items()}
     if not learners or not all(isinstance(l, Learner) for ls in learners.values() for l in ls) or not all(learners.values()):
         raise ValueError('Expected a dictionary from names to `Learner`s, or lists of them, but got something else')
     if baseline is not None and baseline not in learners: raise ValueError(f'Expected the baseline to be one of {", ".join(learners)}, but got {baseline!r}')
-    found = {k:[_quality(l, dl) for l in ls] for k,ls in learners.items()}
-    first = next(iter(found.values()))[0][2]
+    if dl is not None: dl = _in_order(dl)
+    found = {k:[_quality(l, dl, k) for l in ls] for k,ls in learners.items()}
+    first = next(iter(found.values()))[0].targ
     for k,runs in found.items():
-        if any(isinstance(first, Tensor) and not (isinstance(o[2], Tensor) and torch.equal(first, o[2])) for o in runs):
+        if any(first is not None and not (o.targ is not None and torch.equal(first, o.targ)) for o in runs):
             raise ValueError(f'{k} was measured on other labels than {next(iter(found))}: expected the same items in the same order, or a common `dl`')
     if teacher in found: _add_agreement(found, teacher)
     rows = {}
     for k,ls in learners.items():
-        with untouched(ls[0]): rows[k] = {**_cost(ls[0], dl or ls[0].dls.valid, batch_sizes, n), **_summary([o[0] for o in found[k]])}
+        with untouched(ls[0]): cost = _cost(ls[0], found[k][0].xb, batch_sizes, n)
+        rows[k] = {**cost, **_summary([o.row for o in found[k]])}
     if baseline is not None: _add_gains(rows, found, baseline, learners[baseline][0].metrics.attrgot('name'))
     columns = dict.fromkeys(c for row in sorted(rows.values(), key=len, reverse=True) for c in row)
     table = Comparison(pd.DataFrame(rows).T.reindex(columns=columns).infer_objects())
@@ -143,23 +173,23 @@ def compare(
 
 def _add_agreement(found, teacher):
     "Beside the quality of each run: how it agrees with the first teacher"
-    answer = found[teacher][0][1]
-    if answer.ndim != 2: return
+    answer = found[teacher][0].logits
     for k,runs in found.items():
-        for row,logits,_ in runs:
-            if k != teacher and logits.shape == answer.shape: row['agreement'],row['KL from the teacher'] = agreement(logits, answer)
+        for o in runs:
+            if k != teacher and answer is not None and o.logits is not None and o.logits.shape == answer.shape:
+                o.row['agreement'],o.row['KL from the teacher'] = agreement(o.logits, answer)
 
 def _summary(rows):
     table = pd.DataFrame(rows)
     return {f'{k}{s}':v for k in table for s,v in (('', table[k].mean()), (' ±', table[k].std())) if not (s and len(rows) < 2)}
 
 def _add_gains(rows, found, baseline, names):
-    "Differences seed by seed, or from the mean where the numbers of seeds differ"
-    base = pd.DataFrame([o[0] for o in found[baseline]])
+    "Differences in the metrics that both have, seed by seed, or from the mean where the numbers of seeds differ"
+    base = pd.DataFrame([o.row for o in found[baseline]])
     for k,runs in found.items():
         if k == baseline: continue
-        table = pd.DataFrame([o[0] for o in runs])
-        for name in names:
+        table = pd.DataFrame([o.row for o in runs])
+        for name in (n for n in names if n in table):
             gain = table[name] - (base[name] if len(table) == len(base) else base[name].mean())
             rows[k][f'gain in {name}'] = gain.mean()
             if len(gain) > 1: rows[k][f'gain in {name} ±'] = gain.std()
@@ -173,17 +203,16 @@ class DistillationInterpretation(ClassificationInterpretation):
         student:Learner, # Distilled student
         scratch:Learner=None, # The same student trained alone
         ds_idx:int=1, # Index of the student's `dls` where `dl` is None
-        dl=None, # Items to look at; the student's validation set by default
+        dl=None, # Items to look at, in order though it may shuffle; the student's validation set by default
     ):
-        "Let all of them answer the same items; raises `ValueError` unless these have one class each"
-        with untouched(student): dl = student.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
-        logits,targ = _answers(student, dl)
-        if logits.ndim != 2 or targ.ndim != 1 or targ.is_floating_point(): raise ValueError(f'Expected one class for each item, but got logits {tuple(logits.shape)} and labels {tuple(targ.shape)}')
-        self = cls(student, dl, F.cross_entropy(logits.float(), targ.long(), reduction='none'))
+        "Let all of them answer the same items, in order; raises `ValueError` unless these have one class each"
+        dl = _in_order(student.dls[ds_idx] if dl is None else dl)
         if not isinstance(teacher, Learner): teacher = Learner(student.dls, TeacherModule(as_teacher(teacher)), loss_func=student.loss_func)
-        self.teacher,self.targ = teacher,targ
-        self.logits = dict(teacher=_answers(teacher, dl)[0].float(), student=logits.float())
-        if scratch is not None: self.logits['scratch'] = _answers(scratch, dl)[0].float()
+        ignore = ignored_label(student.loss_func)
+        learners = dict(teacher=teacher, student=student) | ({} if scratch is None else dict(scratch=scratch))
+        logits,targ = _answers(learners, dl)
+        self = cls(student, dl, F.cross_entropy(logits['student'], targ, ignore_index=ignore, reduction='none'))
+        self.teacher,self.logits,self.targ,self.ignore = teacher,logits,targ,ignore
         return self
 
     def __init__(self, learn, dl, losses, act=None):
@@ -204,6 +233,12 @@ class DistillationInterpretation(ClassificationInterpretation):
         "Name of a class"
         return str(int(i)) if self.vocab is None else str(self.vocab[int(i)])
 
+    def label(self,
+        i:int, # Number of an item
+    ) -> str: # '' where the loss function ignores its label
+        "Name of the class that an item is labelled with"
+        return '' if self.targ[i] == self.ignore else self.name(self.targ[i])
+
     def disagreements(self,
         k:int=None, # How many, all by default
     ) -> pd.DataFrame: # item, KL divergence, label, and the class that each names with its probability
@@ -211,7 +246,7 @@ class DistillationInterpretation(ClassificationInterpretation):
         p = self.probabilities()
         kl = F.kl_div(p['student'].clamp_min(1e-12).log(), p['teacher'], reduction='none').sum(1)
         order = kl.argsort(descending=True)[:k]
-        table = pd.DataFrame({'item':order.tolist(), 'KL':kl[order].tolist(), 'label':[self.name(i) for i in self.targ[order]]})
+        table = pd.DataFrame({'item':order.tolist(), 'KL':kl[order].tolist(), 'label':[self.label(i) for i in order]})
         for who,probs in p.items():
             conf,pred = probs[order].max(1)
             table[who],table[f'{who} sure'] = [self.name(i) for i in pred],conf.tolist()
@@ -225,8 +260,10 @@ class DistillationInterpretation(ClassificationInterpretation):
         return pd.DataFrame(torch.bincount(t*c + s, minlength=c*c).view(c, c).numpy(), index=pd.Index(names, name='teacher'), columns=pd.Index(names, name='student'))
 
     def per_class(self) -> pd.DataFrame: # A row for each class: items, accuracy of each model, and the student's gain over scratch
-        "Accuracy class by class, with the gain over the student from scratch if there is one"
-        right = pd.DataFrame({k:(v.argmax(1) == self.targ).numpy() for k,v in self.logits.items()}).groupby(self.targ.numpy())
+        "Accuracy class by class, with the gain over the student from scratch if there is one, without ignored labels"
+        counts = self.targ != self.ignore
+        right = pd.DataFrame({k:(v.argmax(1) == self.targ)[counts].numpy() for k,v in self.logits.items()})
+        right = right.groupby(self.targ[counts].numpy())
         table = right.mean()
         table.insert(0, 'items', right.size())
         table.index = pd.Index([self.name(i) for i in table.index], name='class')
@@ -234,27 +271,35 @@ class DistillationInterpretation(ClassificationInterpretation):
 
     def plot_agreement(self,
         ax=None, # Matplotlib axes
+        most:int=30, # How many classes to show: those that student and teacher confuse most
     ): # Matplotlib axes
-        "The agreement matrix, counts off the diagonal written out"
-        m = self.agreement_matrix()
+        "The agreement matrix, with its counts written out"
+        full = self.agreement_matrix()
+        keep = _most_confused(full.values, most)
+        m = full.iloc[keep,keep]
         ax = ax or plt.subplots(figsize=(1.5+0.4*len(m),)*2, layout='constrained')[1]
         ax.imshow(np.log1p(m), cmap='Blues')
         for i,j in np.argwhere(m.values > 0): ax.text(j, i, m.iat[i,j], ha='center', va='center', fontsize=8, color='white' if np.log1p(m.iat[i,j]) > 0.6*np.log1p(m.values.max()) else 'black')
         ax.set(xticks=range(len(m)), yticks=range(len(m)), xlabel='student says', ylabel='teacher says')
         ax.set_xticklabels(m.columns, rotation=90)
         ax.set_yticklabels(m.index)
-        return ax
+        if len(m) < len(full): ax.set_title(f'The {len(m)} of {len(full)} classes that they confuse most', fontsize=10)
+        return _no_formulas(ax)
 
     def plot_per_class(self,
         ax=None, # Matplotlib axes
+        most:int=30, # How many classes to show: those in which student and teacher differ most
     ): # Matplotlib axes
         "Accuracy of each model class by class"
-        table = self.per_class()
+        full = self.per_class()
+        table = full.iloc[np.sort(np.argsort(-(full.student - full.teacher).abs(), kind='stable')[:most])]
         ax = ax or plt.subplots(figsize=(7,3), layout='constrained')[1]
         _bars(table, ax)
         ax.set(ylim=(max(0, table[list(self.logits)].min().min()-0.1), 1), ylabel='accuracy')
+        if len(table) < len(full):
+            ax.set_title(f'The {len(table)} of {len(full)} classes in which they differ most', fontsize=10, loc='left')
         ax.legend(frameon=False, ncols=3, loc='lower right', bbox_to_anchor=(1,1))
-        return ax
+        return _no_formulas(ax)
 
     def plot_disagreements(self,
         k:int=6, # How many items
@@ -272,11 +317,11 @@ class DistillationInterpretation(ClassificationInterpretation):
         (_,decoded),p = self._batch(idxs),self.probabilities(T)
         fig,axs = plt.subplots(len(idxs), 2, figsize=(7,1.6*len(idxs)), width_ratios=(1,3), layout='constrained', squeeze=False)
         for (image,bars),i,o in zip(axs, idxs, decoded):
-            _show(o[0], image, f'item {i}: {self.name(self.targ[i])}')
+            _show(o[0], image, f'item {i}: {self.label(i)}')
             _bars(self._most_probable({k:v[i] for k,v in p.items()}), bars)
             bars.set_ylim(0, 1)
         axs[0,1].legend(frameon=False, fontsize=8)
-        return fig
+        return _no_formulas(fig)
 
     def _most_probable(self, probs, most=10):
         "Table of the classes that any of the models takes to be the most probable"
@@ -295,26 +340,33 @@ class DistillationInterpretation(ClassificationInterpretation):
         maps = {who:_features(learn, names, xb, who) for who,learn,names in (('teacher',self.teacher,t_names),('student',self.learn,s_names))}
         fig,axs = plt.subplots(len(idxs), 1+2*len(s_names), figsize=(1.5*(1+2*len(s_names)),1.7*len(idxs)), layout='constrained', squeeze=False)
         for row,i,(n,o) in zip(axs, idxs, enumerate(decoded)):
-            _show(o[0], row[0], f'item {i}: {self.name(self.targ[i])}')
+            _show(o[0], row[0], f'item {i}: {self.label(i)}')
             for j,(s,t) in enumerate(zip(s_names, t_names)):
                 for ax,who,name in ((row[1+2*j],'teacher',t),(row[2+2*j],'student',s)):
                     ax.imshow(maps[who][j][n], cmap='viridis')
                     ax.set_title(f'{who} {name}', fontsize=8)
                     ax.axis('off')
-        return fig
+        return _no_formulas(fig)
 
     def _batch(self, idxs):
         "Inputs of items, and what they look like; items are found in the order of `dl`"
-        n_inp,rows,start = getattr(self.dl, 'n_inp', 1),{},0
+        rows,start = {},0
         with untouched(self.learn):
             for b in self.dl:
                 here = [i for i in idxs if start <= i < start+len(b[0])]
-                decoded = self.dl.decode_batch(b, max_n=len(b[0])) if here else []
-                rows.update({i:([x[i-start] for x in b[:n_inp]], decoded[i-start]) for i in here})
+                decoded = _decoded(self.dl, b) if here else []
+                rows.update({i:([x[i-start] for x in _split(self.dl, b)[0]], decoded[i-start]) for i in here})
                 start += len(b[0])
                 if len(rows) == len(set(idxs)): break
         if missing := [i for i in idxs if i not in rows]: raise ValueError(f'Expected numbers of items from 0 to {start-1}, but got {missing}')
         return [torch.stack(xs) for xs in zip(*(rows[i][0] for i in idxs))],[rows[i][1] for i in idxs]
+
+def _most_confused(counts, n):
+    "Numbers of the `n` classes that stand in the largest cells off the diagonal, in order"
+    off = counts - np.diag(np.diag(counts))
+    cells = np.argsort(-off, axis=None, kind='stable')[:n*n+1]     # enough to name n classes
+    classes = dict.fromkeys(np.stack(np.unravel_index(cells, counts.shape), 1).ravel().tolist())
+    return sorted(list(classes)[:n])
 
 _colors = dict(teacher='#888888', scratch='#4c72b0', student='#dd8452')
 
@@ -324,13 +376,23 @@ def _bars(table, ax):
     table[list(colors)].plot.bar(ax=ax, width=0.8, color=colors, xlabel='', legend=False, rot=45 if max(map(len, table.index)) > 3 else 0)
     ax.spines[['top','right']].set_visible(False)
 
-def _answers(learn, dl):
-    "Logits and labels of the items of `dl`, by this process alone"
-    n_inp = getattr(dl, 'n_inp', 1)
-    with untouched(learn), torch.no_grad():
-        model,device = learn.model.eval(),one_param(learn.model).device
-        found = [(get_logits(model(*to_device(b[:n_inp], device))).cpu(), b[n_inp].cpu()) for b in dl]
-    return [torch.cat(o).as_subclass(Tensor) for o in zip(*found)]
+def _answers(learners, dl):
+    "Logits of each learner and labels, by this process alone; a batch is drawn once and answered by all"
+    found = []
+    with ExitStack() as stack, torch.no_grad():
+        for l in learners.values(): stack.enter_context(untouched(l))
+        models = {k:l.model.eval() for k,l in learners.items()}
+        for b in dl:
+            xb,y = _split(dl, b)
+            logits = [get_logits(m(*to_device(_copy(xb), one_param(m).device))).float().cpu() for m in models.values()]
+            for o in logits:
+                if one_class_each(o, y) is None:
+                    shapes = f'logits {tuple(o.shape)} and labels {tuple(getattr(y, "shape", ()))}'
+                    raise ValueError(f'Expected one class for each item, but got {shapes}')
+            found.append((*logits, y.flatten().long().cpu()))
+    if not found: raise ValueError('Expected items to answer, but got an empty loader')
+    *logits,targ = [torch.cat(o).as_subclass(Tensor) for o in zip(*found)]
+    return dict(zip(models, logits)),targ
 
 def _features(learn, names, xb, role):
     "Attention maps of layers, (B, H, W)"
@@ -341,6 +403,11 @@ def _features(learn, names, xb, role):
     for n,f in zip(names, features):
         if f.ndim != 4: raise ValueError(f'Expected images of shape (B, C, H, W) from layer {n!r} of the {role}, but got {tuple(f.shape)}')
     return [Attention().attention_map(f)[:,0].cpu() for f in features]
+
+def _no_formulas(figure_or_axes):
+    "Let Matplotlib show a name such as '$5' as it is"
+    for t in figure_or_axes.findobj(Text): t.set_parse_math(False)
+    return figure_or_axes
 
 def _show(x, ax, title):
     "An image, or the text of what it is"

@@ -124,6 +124,16 @@ def no_images(tmp_path):
     torch.save(models.resnet18(num_classes=5).state_dict(), tmp_path/'five.pth')
     torch.save(models.resnet18(num_classes=2), tmp_path/'pickle.pth')
     (tmp_path/'text.pth').write_text('no weights')
+    def draw(folder, n):
+        (tmp_path/folder).mkdir(parents=True)
+        for i in range(n): Image.new('RGB', (8,8)).save(tmp_path/folder/f'{i}.png')
+    for c in ('red','blue'):
+        for folder in ('no_valid','only_valid'): draw(f'{folder}/train/{c}', 4)
+        draw(f'only_valid/valid/{c}', 4)
+        draw(f'single/{c}', 4)
+    (tmp_path/'no_valid'/'valid').mkdir()
+    for c in ('green','white'): draw(f'only_valid/valid/{c}', 2)
+    for i in range(8): draw(f'single/{i}', 1)
     return tmp_path
 
 @pytest.mark.parametrize('args,msg', [
@@ -148,13 +158,83 @@ def no_images(tmp_path):
     (['{ok}','--from_scratch','--weight','2'], 'at most 1'),
     (['--teacher','resnet18','--loss','Logits'], 'loss, teacher: only for a folder of images'),
     (['--epochs','0'], 'epochs to be at least 1'),
+    (['{ok}','--lr','0'], 'lr to be above 0'),
+    (['{ok}','--from_scratch','--student','googlenet'], 'The student googlenet cannot be trained on batches of shape .8, 3, 32, 32.: .*GoogLeNetOutputs'),
+    (['{ok}','--from_scratch','--student','vit_b_16'], 'The student vit_b_16 cannot be trained on .*: Wrong image height! Expected 224 but got 32!'),
+    (['{ok}','--from_scratch','--teacher','resnet18','--loss','Attention','--student_layers','fc','--teacher_layers','0.4'], 'The student resnet18 with Attention .*: Expected .*'),
+    (['{ok}','--valid_pct','-0.5'], 'valid_pct to be above 0 and below 1.* got -0.5'),
+    (['{ok}/train','--bs','4','--valid_pct','0'], 'valid_pct to be above 0'),
+    (['{ok}/train','--bs','4','--valid_pct','20'], 'valid_pct to be above 0'),
+    (['{ok}/train','--bs','4','--valid_pct','0.01'], 'no images to validate on. Give a larger --valid_pct'),
+    (['{bad}/no_valid','--bs','4'], 'no images to validate on. Expected some in its folder valid'),
+    (['{bad}/only_valid','--bs','4'], 'images of green, white to validate on, but none to train on. Expected the same classes in train and valid'),
+    (['{bad}/single','--bs','4','--valid_pct','0.5'], 'to validate on, but none to train on. Add images'),
 ])
 def test_bad_input(args, msg, images, no_images, monkeypatch):
     def trained(*_, **__): raise AssertionError('something was trained')
-    monkeypatch.setattr(cli.Learner, 'fit', trained)
-    args = [a.format(ok=images, bad=no_images) for a in args] + (['--bs','8'] if '{ok}' in args and '--bs' not in args else [])
+    monkeypatch.setattr(cli.Learner, 'fit_one_cycle', trained)
+    monkeypatch.setattr(torch.nn.init, 'trunc_normal_', lambda *_, **__: None)     # with which googlenet takes long
+    args = [a.format(ok=images, bad=no_images) for a in args] + (['--bs','8','--size','32'] if '{ok}' in args and '--bs' not in args else [])
     monkeypatch.setattr(sys, 'argv', ['fastdistill', *args, '--out', str(no_images/'out')])
-    with pytest.raises(SystemExit, match=f'(?s)fastdistill: .*{msg}'): cli.main()
+    with pytest.raises(SystemExit, match=f'(?s)fastdistill: .*{msg}') as e: cli.main()
+    assert len(str(e.value).splitlines()) == 1 and not (no_images/'out').exists()
+
+# the output folder
+
+def test_a_folder_that_cannot_be_written_to(run, tmp_path, monkeypatch):
+    "Is found out before anything is trained, and what was there stays"
+    def trained(*_, **__): raise AssertionError('something was trained')
+    monkeypatch.setattr(cli, 'distill_digits', trained)
+    (tmp_path/'file').write_text('mine')
+    for out in (tmp_path/'file',tmp_path/'file'/'new'):
+        with pytest.raises(SystemExit, match=f'fastdistill: {out}: cannot be written to .*--out'): run('--out', out)
+    def denied(dir): raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr(cli.tempfile, 'TemporaryFile', denied)
+    with pytest.raises(SystemExit, match='cannot be written to .Permission denied.. Give another folder with --out'): run('--out', tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ['file']
+
+def test_written_is_said_after_the_write(tmp_path, monkeypatch, capsys):
+    def full(*_): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(cli, '_write_page', full)
+    monkeypatch.setattr(cli, 'train_teacher', lambda learn, *_: learn)
+    with pytest.raises(OSError): cli.fastdistill(epochs=1, seeds=1, out=tmp_path)
+    out = capsys.readouterr().out
+    assert 'gain in accuracy' in out and 'Written' not in out and (tmp_path/'results.csv').exists()
+
+def interrupt(*_, **__): raise KeyboardInterrupt()
+
+def test_ctrl_c_says_what_is_there(run, images, tmp_path, monkeypatch, capsys):
+    "In one line, with the way to go on; files of an earlier run are not meant"
+    monkeypatch.setattr(cli, 'train_students', interrupt)
+    (tmp_path/'results.csv').write_text('old')
+    with pytest.raises(SystemExit) as e: run(images, '--from_scratch', '--teacher', 'resnet18', '--out', tmp_path, *tiny)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert e.value.code == 130 and said == f'fastdistill: Stopped. Written to {tmp_path}/: teacher.pth. The teacher is trained: go on with --teacher_weights {tmp_path/"teacher.pth"}.'
+
+def test_ctrl_c_with_nothing_written(run, tmp_path, monkeypatch, capsys):
+    "Folders that were made for nothing go, those that were there stay"
+    (tmp_path/'mine').mkdir()
+    monkeypatch.setattr(cli, 'distill_digits', interrupt)
+    for out in ('mine','mine/new/er'):
+        with pytest.raises(SystemExit): run('--out', tmp_path/out)
+        assert capsys.readouterr().err == f'fastdistill: Stopped. Written to {tmp_path/out}/: nothing. Start again to get results.\n'
+    assert list(tmp_path.rglob('*')) == [tmp_path/'mine']
+
+def test_a_reader_that_goes(tmp_path):
+    "`| head -1`: one message, no empty folder"
+    script = "from fastdistill import cli; cli.distill_digits = lambda: [cli._say('x'*1000) for _ in range(1000)]; cli.main()"
+    process = subprocess.Popen([sys.executable, '-c', script, '--out', str(tmp_path/'new')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONWARNINGS='ignore'))
+    process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read().splitlines()
+    assert process.wait(timeout=60) == 130 and said[-1].startswith('fastdistill: Stopped.') and not any('Traceback' in l or 'BrokenPipe' in l for l in said)
+    assert not list(tmp_path.iterdir())
+
+def test_no_head(images, monkeypatch):
+    "What fastai says where it cannot take an architecture apart is one line"
+    def fails(*_, **__): raise RuntimeError('sizes do not match\nat layer 3')
+    monkeypatch.setattr('fastai.vision.all.vision_learner', fails)
+    with pytest.raises(ValueError, match='cannot put a head of its own on googlenet .sizes do not match.. Try it as timm:NAME'): cli.image_teacher(cli.image_dls(images, 32, 8), 'googlenet')
 
 def test_no_download(images, monkeypatch):
     "Without network, the ImageNet weights are an error with a cure"
