@@ -43,7 +43,7 @@ def _seeded(seed, device):
 
 @contextmanager
 def _texts_in_order(dl):
-    "The loader of a language model shuffles its texts in place: start from their first order, and leave the order that was found"
+    "The loader of a language model shuffles its texts in place: start from their first order, and put back the found one"
     if not _is_stream(dl):
         yield
         return
@@ -103,7 +103,7 @@ class _Seeded(_Numbered):
         return np.arange(start + n, start + min(n + self.dl.bs, self.n_rows))
 
 def _per_epoch(dl, seed):
-    "How many items an epoch shows. What a class says with its own `__len__` may not be what it does, so its items are counted"
+    "How many items an epoch shows; counted where a class has its own `__len__`, which may not be what comes"
     if type(dl).__len__ is DataLoader.__len__: return min(dl.n, len(dl)*dl.bs)
     return sum(find_bs(b) for b in _Seeded(dl, seed, 0))
 
@@ -169,17 +169,18 @@ def _error(x, dtype):
     "The largest error of rounding"
     return (x.to(dtype).float() - x.float()).abs().max().item()
 
-def _choose_dtype(answers): return torch.float16 if _error(answers, torch.float16) <= 0.01*_spread(answers) else torch.float32
+def _choose_dtype(answers):
+    return torch.float16 if _error(answers, torch.float16) <= 0.01*_spread(answers) else torch.float32
 
 def _check_finite(x):
     if not x.isfinite().all(): raise ValueError('The teacher\'s answer is not finite')
 
 def _as_dtype(x, dtype, spread):
-    "Raises where numbers are lost"
+    "Raises where rounding changes an answer by more than twice what `_choose_dtype` accepts of the first batch"
     _check_finite(x)
-    if dtype == torch.float16 and (error := _error(x, dtype)) > 0.02*spread:     # twice what `_choose_dtype` accepts of the first batch
-        raise ValueError(f'{dtype} would change the teacher\'s answers by up to {error:.3g}, but their standard deviation is {spread:.3g}. '
-                         'Record them with dtype=torch.float32.')
+    if dtype == torch.float16 and (error := _error(x, dtype)) > 0.02*spread:
+        raise ValueError(f'{dtype} would change the teacher\'s answers by up to {error:.3g}, but their standard deviation '
+                         f'is {spread:.3g}. Record them with dtype=torch.float32.')
     return x.to(dtype)
 
 def _pad(arrays, shapes):
@@ -341,18 +342,19 @@ def record_teacher(
     path, # Folder to make
     n_epoch:int=1, # Epochs to record; a longer training goes through them again. One is enough, and taken, where inputs do not change from epoch to epoch
     seed:int=0, # What the batches are drawn from
-    dtype:torch.dtype=None, # `torch.float16` or `torch.float32`; by default float16 unless it rounds the first answers by more than 1 % of their standard deviation
+    dtype:torch.dtype=None, # `torch.float16` or `torch.float32`, by default the first where it is precise enough
     topk:int=None, # Keep this many of the highest logits, and the mass of the others; all by default
     axis:int=1, # Axis of the classes, for `topk`
 ): # `TeacherRecording`
-    "Record what a teacher says of the training set; goes on where it was interrupted, and opens what is there; raises `FileExistsError` for another recording"
+    "Record what a teacher says of the training set, go on where that was interrupted, or open it; `FileExistsError` for another"
     dl,found = dls.train,deepcopy(getattr(dls.train, 'rng', None))
     _check_recordable(dl, n_epoch, dtype)
     resets = isinstance(teacher, Learner) and any(isinstance(cb, ModelResetter) for cb in teacher.cbs)
     teacher = as_teacher(teacher)
     if not teacher.live: raise ValueError(f'Expected networks to record, but got {teacher}')
     try:
-        with _seeded(seed, dl.device), _texts_in_order(dl): _record(teacher, dls, Path(path), n_epoch, seed, dtype, topk, axis, resets)
+        with _seeded(seed, dl.device), _texts_in_order(dl):
+            _record(teacher, dls, Path(path), n_epoch, seed, dtype, topk, axis, resets)
     finally:
         teacher.stop()
         dl.rng = found
@@ -383,8 +385,9 @@ def _record(teacher, dls, path, n_epoch, seed, dtype, topk, axis, resets):
     shape,n_rows = list(answer.shape[1:]),_per_epoch(dl, seed)
     if topk is not None: _check_topk(topk, axis, shape)
     dtype = dtype or _choose_dtype(answer)
-    header = dict(teacher=repr(teacher), weights=_digest_model(teacher.model), n_epoch=n_epoch, rows=n_rows, any_order=any_order, seed=seed, shape=shape,
-                  dtype=str(dtype).split('.')[1], topk=topk, axis=axis, setup=_setup(dls, dls.train, any_order), environment=_environment(dl), whole=False)
+    header = dict(teacher=repr(teacher), weights=_digest_model(teacher.model), n_epoch=n_epoch, rows=n_rows,
+                  any_order=any_order, seed=seed, shape=shape, dtype=str(dtype).split('.')[1], topk=topk, axis=axis,
+                  setup=_setup(dls, dls.train, any_order), environment=_environment(dl), whole=False)
     def is_there(folder):
         files,rows = _Files(folder, write=folder != path),_Seeded(dl, seed, 0, n_rows).rows(0)
         _check_header(files, header)
@@ -397,12 +400,17 @@ def _record(teacher, dls, path, n_epoch, seed, dtype, topk, axis, resets):
         if path.exists(): return is_there(path)     # another process has finished it just now
         files = is_there(part) if (part/'header.json').exists() else _create(path, part, header)
         teacher.choose(*first)
-        bar = progress_bar(_batches(teacher, dls, dl, files, resets), total=n_epoch*math.ceil(n_rows/dl.bs))
-        if isinstance(bar, ConsoleProgressBar) and not sys.stdout.isatty(): bar.update_every,bar.first_its = 2,1     # at most one line a second in a log
-        for rows,xb,done in bar:
-            if not done: _answer(teacher, files, rows, xb, _spread(answer))
+        spread = _spread(answer)
+        for rows,xb,done in _bar(_batches(teacher, dls, dl, files, resets), n_epoch*math.ceil(n_rows/dl.bs)):
+            if not done: _answer(teacher, files, rows, xb, spread)
             elif xb is not None: _check_inputs(files, rows, xb, dl)
         files.finish(path)
+
+def _bar(gen, total):
+    "A progress bar; in a log file, where each update is a line, it gets at most one a second"
+    bar = progress_bar(gen, total=total)
+    if isinstance(bar, ConsoleProgressBar) and not sys.stdout.isatty(): bar.update_every,bar.first_its = 2,1
+    return bar
 
 def _ask(teacher, dls, dl, seed, resets):
     "Inputs of the first batch, and what the teacher says to them"
@@ -413,7 +421,7 @@ def _ask(teacher, dls, dl, seed, resets):
     return xb,answer
 
 def _in_any_order(teacher, dls, seed):
-    "A loader of all items, each once, and a look at its first batch; `None` where inputs or answers depend on the batch that an item is in"
+    "A loader of each item once, its first batch and the answer; `None` where these depend on the batch that an item is in"
     if not _same_in_any_order(dls): return
     dl = dls.train.new(shuffle=False, drop_last=False, get_idxs=partial(list, range(dls.train.n)))
     if _per_epoch(dl, seed) != dl.n: return
@@ -422,25 +430,30 @@ def _in_any_order(teacher, dls, seed):
     except Exception: return     # a model for batches of one size
     n = min(len(answer), len(other))
     if _alike(other[:n], answer[:n], 0.05*_spread(answer)): return dl,first,answer
-    print('What the teacher says of an item depends on the others in its batch, as with `BatchNorm2d(track_running_stats=False)`. So batches are recorded as they are.')
+    print('What the teacher says of an item depends on the others in its batch, '
+          'as with `BatchNorm2d(track_running_stats=False)`. So batches are recorded as they are.')
 
 def _in_batches(teacher, dls, seed, resets):
     "The loader itself, and a look at its first batch, which the teacher must answer in the same way twice"
     first,answer = _ask(teacher, dls, dls.train, seed, resets)
     teacher.start(_leaves(first)[0].device, resets)
     if _alike(teacher(*first), answer, 0.05*_spread(answer)): return dls.train,first,answer
-    raise ValueError(f'The teacher {teacher} answers the same batch differently when it is asked again, so its answers cannot be recorded. Switch off what it draws at random. '
-                     'Of a recurrent model pass the `Learner`, with a `ModelResetter`.')
+    raise ValueError(f'The teacher {teacher} answers the same batch differently when it is asked again, '
+                     'so its answers cannot be recorded. Switch off what it draws at random. Of a recurrent model pass the `Learner`, with a `ModelResetter`.')
 
-def _alike(a, b, atol, rtol=0.): return a.shape == b.shape and torch.isclose(a.float(), b.float(), rtol=rtol, atol=atol).all().item()
+def _alike(a, b, atol, rtol=0.):
+    return a.shape == b.shape and torch.isclose(a.float(), b.float(), rtol=rtol, atol=atol).all().item()
 
 def _tolerance(teacher):
-    "How far a teacher's answers may be from those recorded, as a share of their standard deviation; more where its precision is chosen by timing"
+    "How far a teacher's answers may be from those recorded, as a share of their standard deviation; more with `fast=True`"
     return max([0.005, *(2*t.tolerance for t in getattr(teacher, 'teachers', [teacher]) if getattr(t, 'fast', False))])
 
 def _check_header(files, header):
     wanted = {k:v for k,v in header.items() if k not in ('environment','whole')}
-    if d := _differences(files.header, wanted): raise FileExistsError(f'{files.path} holds another recording. Delete it or choose another path. What differs: {d}')
+    if d := _differences(files.header, wanted): raise _another(files, d)
+
+def _another(files, what):
+    return FileExistsError(f'{files.path} holds another recording. Delete it or choose another path. What differs: {what}')
 
 def _check_answers(files, rows, answer, tolerance):
     "Raise unless this is what was recorded: two teachers may have the same weights and say other things"
@@ -448,8 +461,8 @@ def _check_answers(files, rows, answer, tolerance):
     now = answer.cpu()
     if h['topk']: now = now.movedim(h['axis'], -1).gather(-1, others[0].long())
     if _alike(now, recorded, tolerance*_spread(answer), torch.finfo(recorded.dtype).eps): return
-    raise FileExistsError(f'{files.path} holds another recording. Delete it or choose another path. What differs: answers to the first batch, '
-                          f'by up to {(now.float() - recorded.float()).abs().max().item():.3g}, though the weights are the same')
+    most = (now.float() - recorded.float()).abs().max().item()
+    raise _another(files, f'answers to the first batch, by up to {most:.3g}, though the weights are the same')
 
 def _create(path, part, header):
     "New files"
@@ -457,9 +470,11 @@ def _create(path, part, header):
     order = 'in any order' if header['any_order'] else f'in the batches of {_epochs(header)}, which a longer training sees again'
     highest = f', the {header["topk"]} highest' if header['topk'] else ''
     print(f'{path.name}: {header["rows"]:,} items {order}, answers of shape {tuple(header["shape"])} in {header["dtype"]}{highest}, {_bytes(size)}')
-    if (free := shutil.disk_usage(part).free) < size: raise OSError(f'{path} would take {_bytes(size)}, but {_bytes(free)} are free')
+    if (free := shutil.disk_usage(part).free) < size:
+        raise OSError(f'{path} would take {_bytes(size)}, but {_bytes(free)} are free')
     try: return _Files.create(part, header)
-    except OSError as e: raise OSError(e.errno, f'{path} would take {_bytes(size)}, which cannot be had: {e.strerror}') from None
+    except OSError as e:
+        raise OSError(e.errno, f'{path} would take {_bytes(size)}, which cannot be had: {e.strerror}') from None
 
 @contextmanager
 def _alone(path):
@@ -471,7 +486,8 @@ def _alone(path):
         _lock(lock)
         if not _is_in(lock, part): raise FileNotFoundError     # it was renamed just now
     except (BlockingIOError,FileNotFoundError):
-        raise FileExistsError(f'Another process is recording {path}. Wait until it has finished, or choose another path.') from None
+        raise FileExistsError(f'Another process is recording {path}. Wait until it has finished, '
+                              'or choose another path.') from None
     with lock:
         try: yield part
         finally:
@@ -487,7 +503,9 @@ def _lock(file):
     except BlockingIOError: raise
     except OSError: pass     # a file system without locks
 
-def _is_in(lock, folder): return (folder/'lock').exists() and os.path.samestat(os.fstat(lock.fileno()), (folder/'lock').stat())
+def _is_in(lock, folder):
+    file = folder/'lock'
+    return file.exists() and os.path.samestat(os.fstat(lock.fileno()), file.stat())
 
 def _bytes(n): return next(f'{n/f:,.1f} {unit}' for f,unit in ((1e9,'GB'),(1e6,'MB'),(1e3,'kB'),(1,'bytes')) if n >= f or f == 1)
 
@@ -508,8 +526,8 @@ def _answer(teacher, files, rows, xb, spread):
     h,inputs,logits = files.header,_checksums(*xb),teacher(*xb)
     n,*shape = logits.shape
     if n != len(rows) or len(shape) != len(h['shape']) or any(a > b for a,b in zip(shape, h['shape'])):
-        raise ValueError(f'The rows of a recording are as large as the first answer: expected one of shape {(len(rows),*h["shape"])}, or smaller for shorter items, '
-                         f'but got {tuple(logits.shape)}')
+        raise ValueError(f'The rows of a recording are as large as the first answer: expected one of shape '
+                         f'{(len(rows),*h["shape"])}, or smaller for shorter items, but got {tuple(logits.shape)}')
     answers = _encode(logits, getattr(torch, h['dtype']), h['topk'], h['axis'], spread)
     files.write(rows, inputs, _pad(answers, [a.shape[1:] for a in files.arrays.values()]))
 
