@@ -6,7 +6,7 @@
 __all__ = ['record_teacher', 'TeacherRecording']
 
 # %% ../nbs/05_recording.ipynb #4aca90d1
-import hashlib, json, math, random, shutil
+import errno, hashlib, json, math, os, random, shutil, sys
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import lru_cache, partial
@@ -18,12 +18,16 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.rnn import ModelResetter
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.torch_core import no_random, num_distrib
+from fastai.torch_core import find_bs, no_random, num_distrib
 from fastcore.basics import GetAttr
 from fastcore.xtras import is_listy
-from fastprogress.fastprogress import progress_bar
+from fastprogress.fastprogress import ConsoleProgressBar, progress_bar
 from torch import nn, Tensor
 from .teacher import Teacher, as_teacher
+
+# %% ../nbs/05_recording.ipynb #62c0cd7c
+try: import fcntl
+except ImportError: fcntl = None     # Windows
 
 # %% ../nbs/05_recording.ipynb #a9218c9d
 @contextmanager
@@ -36,6 +40,23 @@ def _seeded(seed, device):
     random.seed(seed), np.random.seed(seed), torch.default_generator.manual_seed(seed)
     try: yield
     finally: random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])
+
+@contextmanager
+def _texts_in_order(dl):
+    "The loader of a language model shuffles its texts in place: start from their first order, and put back the found one"
+    if not _is_stream(dl):
+        yield
+        return
+    idxs = dl.items.idxs
+    found = list(idxs)
+    def order(to):
+        idxs[:] = to
+        dl.make_chunks()
+    order(sorted(found))
+    try: yield
+    finally: order(found)
+
+def _is_stream(dl): return hasattr(dl, 'make_chunks')     # as fastai's `LMDataLoader`
 
 class _Numbered(GetAttr):
     "The batches of a loader, and which of its items the last of them holds"
@@ -52,9 +73,9 @@ class _Numbered(GetAttr):
 
 class _Seeded(_Numbered):
     "The batches of a loader, drawn from `seed` and `epoch` alone; random states are left as loading without random transforms leaves them"
-    def __init__(self, dl, seed, epoch):
+    def __init__(self, dl, seed, epoch, n_rows=None):
         super().__init__(dl)
-        self.seed,self.epoch = seed,epoch
+        self.seed,self.epoch,self.n_rows = seed,epoch,n_rows
 
     def __iter__(self):
         dl = self.dl
@@ -64,23 +85,27 @@ class _Seeded(_Numbered):
         torch.empty((), dtype=torch.int64).random_()     # and as a seed for its workers
         batches = iter(dl)
         try:
-            for self.i in count():
-                seed = random.Random(f'{self.seed} {self.epoch} {self.i}').getrandbits(32)
-                with _seeded(seed, dl.device):
-                    if not self.i: dl.rng = random.Random(seed)
-                    b = next(batches, None)
-                if b is None: break
-                yield b
+            with _texts_in_order(dl):
+                for self.i in count():
+                    seed = random.Random(f'{self.seed} {self.epoch} {self.i}').getrandbits(32)
+                    with _seeded(seed, dl.device):
+                        if not self.i: dl.rng = random.Random(seed)
+                        b = next(batches, None)
+                    if b is None: break
+                    yield b
         finally:
             batches.close()
             dl.rng = rng
 
     def rows(self, i):
         "Numbers of the items in batch `i`, counted through all epochs in order of appearance"
-        start,n = self.epoch*_per_epoch(self.dl),i*self.dl.bs
-        return np.arange(start + n, start + min(n + self.dl.bs, _per_epoch(self.dl)))
+        start,n = self.epoch*self.n_rows,i*self.dl.bs
+        return np.arange(start + n, start + min(n + self.dl.bs, self.n_rows))
 
-def _per_epoch(dl): return min(dl.n, len(dl)*dl.bs)
+def _per_epoch(dl, seed):
+    "How many items an epoch shows; counted where a class has its own `__len__`, which may not be what comes"
+    if type(dl).__len__ is DataLoader.__len__: return min(dl.n, len(dl)*dl.bs)
+    return sum(find_bs(b) for b in _Seeded(dl, seed, 0))
 
 # %% ../nbs/05_recording.ipynb #9186e775
 @lru_cache(maxsize=16)
@@ -113,13 +138,13 @@ def _checksums(
     return total
 
 # %% ../nbs/05_recording.ipynb #fec0ed3d
-def _encode(logits, dtype, topk, axis):
+def _encode(logits, dtype, topk, axis, spread=math.inf):
     "Arrays of a row for each item"
-    if topk is None: return [_as_dtype(logits, dtype)]
+    if topk is None: return [_as_dtype(logits, dtype, spread)]
     logits = logits.float().movedim(axis, -1)
     values,classes = logits.topk(topk)
     rest = logits.scatter(-1, classes, -math.inf).logsumexp(-1)
-    return [_as_dtype(values, dtype),classes.to(_class_dtype(logits.shape[-1])),rest]
+    return [_as_dtype(values, dtype, spread),classes.to(_class_dtype(logits.shape[-1])),rest]
 
 def _decode(arrays, shape, topk, axis):
     "The logits"
@@ -133,11 +158,45 @@ def _of_row(axis): return axis-1 if axis > 0 else axis     # the same axis, with
 
 def _class_dtype(n_classes): return torch.int16 if n_classes <= 2**15 else torch.int32
 
-def _as_dtype(x, dtype):
-    "Raises where numbers are lost"
+def _spread(answers):
+    "Standard deviation of answers: of all, or within an item, whichever is smaller; their size where all are equal"
+    x = answers.float().reshape(len(answers), -1)
+    stds = [x.std(correction=0)]
+    if x.shape[1] > 1: stds.append(x.var(1, correction=0).mean().sqrt())
+    return (min(stds) or x.abs().max()).item()
+
+def _error(x, dtype):
+    "The largest error of rounding"
+    return (x.to(dtype).float() - x.float()).abs().max().item()
+
+def _choose_dtype(answers):
+    return torch.float16 if _error(answers, torch.float16) <= 0.01*_spread(answers) else torch.float32
+
+def _check_finite(x):
     if not x.isfinite().all(): raise ValueError('The teacher\'s answer is not finite')
-    if not x.to(dtype).isfinite().all(): raise ValueError(f'The teacher\'s logits, up to {x.abs().max():.3g}, are too large for {dtype}. Record them with dtype=torch.float32.')
+
+def _as_dtype(x, dtype, spread):
+    "Raises where rounding changes an answer by more than twice what `_choose_dtype` accepts of the first batch"
+    _check_finite(x)
+    if dtype == torch.float16 and (error := _error(x, dtype)) > 0.02*spread:
+        raise ValueError(f'{dtype} would change the teacher\'s answers by up to {error:.3g}, but their standard deviation '
+                         f'is {spread:.3g}. Record them with dtype=torch.float32.')
     return x.to(dtype)
+
+def _pad(arrays, shapes):
+    "Fill up rows that are shorter than others, as those of the last texts of an epoch, with NaN"
+    def fill(a, shape):
+        missing = [n for size,want in zip(reversed(a.shape[1:]), reversed(shape)) for n in (0,want-size)]
+        return nn.functional.pad(a, missing, value=math.nan if a.is_floating_point() else 0) if any(missing) else a
+    return [fill(a, shape) for a,shape in zip(arrays, shapes)]
+
+def _is_padded(arrays): return bool(arrays[0].flatten()[-1:].isnan().any())
+
+def _crop(logits):
+    "Without what `_pad` has added"
+    there = ~logits.isnan()
+    sizes = [int(there.transpose(0, d).flatten(1).any(1).sum()) for d in range(1, there.ndim)]
+    return logits[(slice(None),*map(slice, sizes))]
 
 # %% ../nbs/05_recording.ipynb #7da79ebc
 class _Files:
@@ -151,9 +210,11 @@ class _Files:
 
     @classmethod
     def create(cls, path, header):
-        "Start anew; nothing is written over"
-        path.mkdir()
-        for k,(dtype,shape) in _layout(header).items(): np.lib.format.open_memmap(path/f'{k}.npy', 'w+', dtype, shape)
+        "Start anew, with all the space that it will take"
+        path.mkdir(exist_ok=True)
+        for k,(dtype,shape) in _layout(header).items():
+            np.lib.format.open_memmap(path/f'{k}.npy', 'w+', dtype, shape)
+            _reserve(path/f'{k}.npy')
         cls.write_header(path, header)     # last: what has a header has its arrays
         return cls(path, write=True)
 
@@ -165,6 +226,7 @@ class _Files:
 
     def _open(self, name, dtype, shape, write):
         file = self.path/f'{name}.npy'
+        if write and file.exists(): _reserve(file)
         try: array = np.load(file, mmap_mode='r+' if write else 'r')
         except Exception as e: raise ValueError(f'{self.path} is damaged: {file.name}: {e}') from None     # NumPy parses a header, and may fail anywhere in it
         if array.dtype != dtype or array.shape != shape: raise ValueError(f'{self.path} is damaged: expected {file.name} to hold {shape} of {dtype}, but it holds {array.shape} of {array.dtype}')
@@ -193,6 +255,14 @@ class _Files:
         self.write_header(self.path, {**self.header, 'whole':True})
         self.path.replace(path)
 
+def _reserve(file):
+    "Take the space on the disk now: writing to a mapped file without space would kill the process"
+    if not hasattr(os, 'posix_fallocate'): return
+    with file.open('r+b') as f:
+        try: os.posix_fallocate(f.fileno(), 0, file.stat().st_size)
+        except OSError as e:
+            if e.errno not in (errno.EOPNOTSUPP,errno.EINVAL): raise     # those of a file system that cannot
+
 def _layout(h):
     "Name, type and shape of each array"
     n,shape,dtype = h['n_epoch']*h['rows'],list(h['shape']),np.dtype(h['dtype'])
@@ -208,9 +278,26 @@ def _digest_model(model):
     "SHA-256 of names, types and values of all weights and buffers"
     res = hashlib.sha256()
     for k,v in model.state_dict().items():
-        res.update(f'{k} {tuple(v.shape)} {v.dtype}'.encode())
-        res.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        res.update(f'{k} {tuple(v.shape)} {v.dtype}'.encode() if isinstance(v, Tensor) else k.encode())
+        _digest(res, v)
     return res.hexdigest()
+
+def _digest(res, v):
+    "Add a value of a state dict: a tensor, or what quantised layers have in its place"
+    if isinstance(v, torch.ScriptObject): v = v.__getstate__()
+    if isinstance(v, dict): v = list(v.items())
+    if isinstance(v, (tuple,list)): parts = v
+    elif not isinstance(v, Tensor): return res.update(repr(v).encode())
+    elif v.is_quantized: parts = [_scales(v),v.int_repr()]
+    elif hasattr(v, '__tensor_flatten__'):     # a tensor made of others
+        names,context = v.__tensor_flatten__()
+        parts = [context,*(getattr(v, n) for n in names)]
+    else: return res.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for o in parts: _digest(res, o)
+
+def _scales(q):
+    if q.qscheme() in (torch.per_tensor_affine,torch.per_tensor_symmetric): return q.q_scale(),q.q_zero_point()
+    return q.q_per_channel_scales(),q.q_per_channel_zero_points(),q.q_per_channel_axis()
 
 # %% ../nbs/05_recording.ipynb #67f9810e
 def _classes(dls):
@@ -241,7 +328,7 @@ def _inputs(dls, b): return b[:getattr(dls, 'n_inp', 1 if len(b) == 1 else len(b
 def _same_in_any_order(dls):
     "Whether two looks at some items, beside each other and each alone, with other seeds, show the same inputs"
     dl = dls.train
-    if not dl.indexed: return False
+    if not dl.indexed or _is_stream(dl): return False
     idxs = list(range(0, dl.n, max(1, dl.n//16)))[:16]
     def look(idxs, seed, bs):
         loader = dl.new(bs=bs, shuffle=False, drop_last=False, num_workers=0, get_idxs=partial(list, idxs))
@@ -255,18 +342,19 @@ def record_teacher(
     path, # Folder to make
     n_epoch:int=1, # Epochs to record; a longer training goes through them again. One is enough, and taken, where inputs do not change from epoch to epoch
     seed:int=0, # What the batches are drawn from
-    dtype:torch.dtype=torch.float16, # `torch.float16`, or `torch.float32` for answers as exact as the teacher's
+    dtype:torch.dtype=None, # `torch.float16` or `torch.float32`, by default the first where it is precise enough
     topk:int=None, # Keep this many of the highest logits, and the mass of the others; all by default
     axis:int=1, # Axis of the classes, for `topk`
 ): # `TeacherRecording`
-    "Record what a teacher says of the training set; goes on where it was interrupted, and opens what is there already"
+    "Record what a teacher says of the training set, go on where that was interrupted, or open it; `FileExistsError` for another"
     dl,found = dls.train,deepcopy(getattr(dls.train, 'rng', None))
     _check_recordable(dl, n_epoch, dtype)
     resets = isinstance(teacher, Learner) and any(isinstance(cb, ModelResetter) for cb in teacher.cbs)
     teacher = as_teacher(teacher)
     if not teacher.live: raise ValueError(f'Expected networks to record, but got {teacher}')
     try:
-        with _seeded(seed, dl.device): _record(teacher, dls, Path(path), n_epoch, seed, dtype, topk, axis, resets)
+        with _seeded(seed, dl.device), _texts_in_order(dl):
+            _record(teacher, dls, Path(path), n_epoch, seed, dtype, topk, axis, resets)
     finally:
         teacher.stop()
         dl.rng = found
@@ -274,7 +362,7 @@ def record_teacher(
 
 def _check_recordable(dl, n_epoch, dtype):
     if num_distrib() > 1: raise ValueError('A teacher is recorded by one process, but this is one of several. Record it before, with plain `python`.')
-    if dtype not in (torch.float16,torch.float32): raise ValueError(f'Expected dtype to be torch.float16 or torch.float32, but got {dtype!r}')
+    if dtype not in (None,torch.float16,torch.float32): raise ValueError(f'Expected dtype to be torch.float16 or torch.float32, but got {dtype!r}')
     if n_epoch < 1: raise ValueError(f'Expected at least one epoch, but got n_epoch={n_epoch}')
     _check_loader(dl)
     if dl.n is None or dl.bs is None or not len(dl): raise ValueError(f'Expected a training set of known size, with at least one batch, but got {dl.n} items in batches of {dl.bs}')
@@ -289,38 +377,135 @@ def _check_topk(topk, axis, shape):
 
 def _record(teacher, dls, path, n_epoch, seed, dtype, topk, axis, resets):
     "Look at the data and at a first answer, then write what is missing and give the folder its name"
-    dl = dls.train
-    any_order = not resets and _same_in_any_order(dls)
-    setup = _setup(dls, dl, any_order)
-    if any_order: n_epoch,dl = 1,dl.new(shuffle=False, drop_last=False, get_idxs=partial(list, range(dl.n)))
-    first = _inputs(dls, next(iter(_Seeded(dl, seed, 0))))
-    teacher.start(_leaves(first)[0].device, resets)
-    teacher.choose(*first)
-    shape = list(teacher(*first).shape[1:])
+    tolerance = _tolerance(teacher)     # before a teacher with `fast=True` has chosen
+    found = None if resets else _in_any_order(teacher, dls, seed)
+    any_order = found is not None
+    dl,first,answer = found if any_order else _in_batches(teacher, dls, seed, resets)
+    if any_order: n_epoch = 1
+    shape,n_rows = list(answer.shape[1:]),_per_epoch(dl, seed)
     if topk is not None: _check_topk(topk, axis, shape)
-    files = _open_part(path, dict(teacher=repr(teacher), weights=_digest_model(teacher.model), n_epoch=n_epoch, rows=_per_epoch(dl), any_order=any_order, seed=seed, shape=shape,
-                                  dtype=str(dtype).split('.')[1], topk=topk, axis=axis, setup=setup, environment=_environment(dl), whole=False))
-    if files is None: return
-    for rows,xb,done in progress_bar(_batches(teacher, dls, dl, files, resets), total=n_epoch*len(dl)):
-        if not done: _answer(teacher, files, rows, xb)
-        elif xb is not None: _check_inputs(files, rows, xb, dl)
-    files.finish(path)
+    dtype = dtype or _choose_dtype(answer)
+    header = dict(teacher=repr(teacher), weights=_digest_model(teacher.model), n_epoch=n_epoch, rows=n_rows,
+                  any_order=any_order, seed=seed, shape=shape, dtype=str(dtype).split('.')[1], topk=topk, axis=axis,
+                  setup=_setup(dls, dls.train, any_order), environment=_environment(dl), whole=False)
+    def is_there(folder):
+        files,rows = _Files(folder, write=folder != path),_Seeded(dl, seed, 0, n_rows).rows(0)
+        _check_header(files, header)
+        if files.done(rows):
+            _check_inputs(files, rows, first, dl)
+            _check_answers(files, rows, answer, tolerance)
+        return files
+    if path.exists(): return is_there(path)
+    with _alone(path) as part:
+        if path.exists(): return is_there(path)     # another process has finished it just now
+        files = is_there(part) if (part/'header.json').exists() else _create(path, part, header)
+        teacher.choose(*first)
+        spread = _spread(answer)
+        for rows,xb,done in _bar(_batches(teacher, dls, dl, files, resets), n_epoch*math.ceil(n_rows/dl.bs)):
+            if not done: _answer(teacher, files, rows, xb, spread)
+            elif xb is not None: _check_inputs(files, rows, xb, dl)
+        files.finish(path)
 
-def _open_part(path, header):
-    "The files to write: new ones, those of an interrupted recording, or none if all is there"
-    wanted,part = {k:v for k,v in header.items() if k not in ('environment','whole')},path.with_name(f'{path.name}.part')
-    if part.exists() and not (part/'header.json').exists(): shutil.rmtree(part)     # interrupted before it had begun
-    for found in filter(Path.exists, (path,part)):
-        files = _Files(found, write=found == part)
-        if d := _differences(files.header, wanted): raise FileExistsError(f'{found} holds another recording. Delete it or choose another path. What differs: {d}')
-        return files if found == part else None
+def _bar(gen, total):
+    "A progress bar; in a log file, where each update is a line, it gets at most one a second"
+    bar = progress_bar(gen, total=total)
+    if isinstance(bar, ConsoleProgressBar) and not sys.stdout.isatty(): bar.update_every,bar.first_its = 2,1
+    return bar
+
+def _ask(teacher, dls, dl, seed, resets):
+    "Inputs of the first batch, and what the teacher says to them"
+    xb = _inputs(dls, next(iter(_Seeded(dl, seed, 0))))
+    teacher.start(_leaves(xb)[0].device, resets)
+    answer = teacher(*xb)
+    _check_finite(answer)
+    return xb,answer
+
+def _in_any_order(teacher, dls, seed):
+    "A loader of each item once, its first batch and the answer; `None` where these depend on the batch that an item is in"
+    if not _same_in_any_order(dls): return
+    dl = dls.train.new(shuffle=False, drop_last=False, get_idxs=partial(list, range(dls.train.n)))
+    if _per_epoch(dl, seed) != dl.n: return
+    first,answer = _ask(teacher, dls, dl, seed, False)
+    try: other = _ask(teacher, dls, dl.new(bs=2 if dl.bs > 2 else 4, num_workers=0), seed, False)[1]
+    except Exception: return     # a model for batches of one size
+    n = min(len(answer), len(other))
+    if _alike(other[:n], answer[:n], 0.05*_spread(answer)): return dl,first,answer
+    print('What the teacher says of an item depends on the others in its batch, '
+          'as with `BatchNorm2d(track_running_stats=False)`. So batches are recorded as they are.')
+
+def _in_batches(teacher, dls, seed, resets):
+    "The loader itself, and a look at its first batch, which the teacher must answer in the same way twice"
+    first,answer = _ask(teacher, dls, dls.train, seed, resets)
+    teacher.start(_leaves(first)[0].device, resets)
+    if _alike(teacher(*first), answer, 0.05*_spread(answer)): return dls.train,first,answer
+    raise ValueError(f'The teacher {teacher} answers the same batch differently when it is asked again, '
+                     'so its answers cannot be recorded. Switch off what it draws at random. Of a recurrent model pass the `Learner`, with a `ModelResetter`.')
+
+def _alike(a, b, atol, rtol=0.):
+    return a.shape == b.shape and torch.isclose(a.float(), b.float(), rtol=rtol, atol=atol).all().item()
+
+def _tolerance(teacher):
+    "How far a teacher's answers may be from those recorded, as a share of their standard deviation; more with `fast=True`"
+    return max([0.005, *(2*t.tolerance for t in getattr(teacher, 'teachers', [teacher]) if getattr(t, 'fast', False))])
+
+def _check_header(files, header):
+    wanted = {k:v for k,v in header.items() if k not in ('environment','whole')}
+    if d := _differences(files.header, wanted): raise _another(files, d)
+
+def _another(files, what):
+    return FileExistsError(f'{files.path} holds another recording. Delete it or choose another path. What differs: {what}')
+
+def _check_answers(files, rows, answer, tolerance):
+    "Raise unless this is what was recorded: two teachers may have the same weights and say other things"
+    h,(recorded,*others) = files.header,files.read(rows)[0]
+    now = answer.cpu()
+    if h['topk']: now = now.movedim(h['axis'], -1).gather(-1, others[0].long())
+    if _alike(now, recorded, tolerance*_spread(answer), torch.finfo(recorded.dtype).eps): return
+    most = (now.float() - recorded.float()).abs().max().item()
+    raise _another(files, f'answers to the first batch, by up to {most:.3g}, though the weights are the same')
+
+def _create(path, part, header):
+    "New files"
     size = sum(math.prod(s)*d.itemsize for d,s in _layout(header).values())
     order = 'in any order' if header['any_order'] else f'in the batches of {_epochs(header)}, which a longer training sees again'
     highest = f', the {header["topk"]} highest' if header['topk'] else ''
     print(f'{path.name}: {header["rows"]:,} items {order}, answers of shape {tuple(header["shape"])} in {header["dtype"]}{highest}, {_bytes(size)}')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(path.parent).free) < size: raise OSError(f'{path} would take {_bytes(size)}, but {_bytes(free)} are free')
-    return _Files.create(part, header)
+    if (free := shutil.disk_usage(part).free) < size:
+        raise OSError(f'{path} would take {_bytes(size)}, but {_bytes(free)} are free')
+    try: return _Files.create(part, header)
+    except OSError as e:
+        raise OSError(e.errno, f'{path} would take {_bytes(size)}, which cannot be had: {e.strerror}') from None
+
+@contextmanager
+def _alone(path):
+    "The folder of an unfinished recording, for one process at a time; it goes away if nothing is in it"
+    part = path.with_name(f'{path.name}.part')
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        lock = (part/'lock').open('a')
+        _lock(lock)
+        if not _is_in(lock, part): raise FileNotFoundError     # it was renamed just now
+    except (BlockingIOError,FileNotFoundError):
+        raise FileExistsError(f'Another process is recording {path}. Wait until it has finished, '
+                              'or choose another path.') from None
+    with lock:
+        try: yield part
+        finally:
+            for folder in (part,path):
+                if not _is_in(lock, folder): continue
+                if (folder/'header.json').exists(): (folder/'lock').unlink()
+                else: shutil.rmtree(folder)
+
+def _lock(file):
+    "Until it is closed, or its process ends"
+    if fcntl is None: return
+    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: raise
+    except OSError: pass     # a file system without locks
+
+def _is_in(lock, folder):
+    file = folder/'lock'
+    return file.exists() and os.path.samestat(os.fstat(lock.fileno()), file.stat())
 
 def _bytes(n): return next(f'{n/f:,.1f} {unit}' for f,unit in ((1e9,'GB'),(1e6,'MB'),(1e3,'kB'),(1,'bytes')) if n >= f or f == 1)
 
@@ -329,19 +514,22 @@ def _epochs(h): return f'{h["n_epoch"]} {"epoch" if h["n_epoch"] == 1 else "epoc
 def _batches(teacher, dls, dl, files, resets):
     "Rows and inputs of all batches, and whether they have been answered; of epochs without a gap nothing is loaded"
     for epoch in range(files.header['n_epoch']):
-        batches = _Seeded(dl, files.header['seed'], epoch)
-        rows = [batches.rows(i) for i in range(len(dl))]
+        batches = _Seeded(dl, files.header['seed'], epoch, files.header['rows'])
+        rows = [batches.rows(i) for i in range(math.ceil(batches.n_rows/dl.bs))]
         done = [not resets and files.done(r) for r in rows]     # what a recurrent teacher says depends on all before
         if all(done): yield from ((r,None,True) for r in rows)
         else:
             if resets: teacher.start(teacher.device, True)
             for r,b,d in zip(rows, batches, done): yield r,_inputs(dls, b),d
 
-def _answer(teacher, files, rows, xb):
+def _answer(teacher, files, rows, xb, spread):
     h,inputs,logits = files.header,_checksums(*xb),teacher(*xb)
-    if list(logits.shape) != [len(rows),*h['shape']]:
-        raise ValueError(f'A recording has a row of the same shape for each item: expected answers of shape {(len(rows),*h["shape"])}, but got {tuple(logits.shape)}')
-    files.write(rows, inputs, _encode(logits, getattr(torch, h['dtype']), h['topk'], h['axis']))
+    n,*shape = logits.shape
+    if n != len(rows) or len(shape) != len(h['shape']) or any(a > b for a,b in zip(shape, h['shape'])):
+        raise ValueError(f'The rows of a recording are as large as the first answer: expected one of shape '
+                         f'{(len(rows),*h["shape"])}, or smaller for shorter items, but got {tuple(logits.shape)}')
+    answers = _encode(logits, getattr(torch, h['dtype']), h['topk'], h['axis'], spread)
+    files.write(rows, inputs, _pad(answers, [a.shape[1:] for a in files.arrays.values()]))
 
 def _check_inputs(files, rows, xb, dl):
     "Raise unless these are the recorded inputs"
@@ -376,7 +564,7 @@ class TeacherRecording(Teacher):
             raise ValueError(f'{mix} blends inputs as it goes, and {self} knows those that were recorded. A teacher that answers blends has to run.')
         _check_loader(learn.dl)
         if d := _differences(h['setup'], _setup(learn.dls, learn.dl, h['any_order'])): raise ValueError(f'{self} was made of other batches. {d}')
-        self._batches = _Numbered(learn.dl) if h['any_order'] else _Seeded(learn.dl, h['seed'], learn.epoch % h['n_epoch'])
+        self._batches = _Numbered(learn.dl) if h['any_order'] else _Seeded(learn.dl, h['seed'], learn.epoch % h['n_epoch'], h['rows'])
         return self._batches
 
     def check(self,
@@ -392,7 +580,8 @@ class TeacherRecording(Teacher):
         h,(arrays,whole) = self.header,self._files.read(self._rows)
         if not whole.all(): raise ValueError(f'{self.path} is damaged: {(~whole).sum()} of {len(whole)} answers are not what was written')
         device = _leaves(xb)[0].device
-        return _decode([a.to(device) for a in arrays], h['shape'], h['topk'], h['axis'])
+        logits = _decode([a.to(device) for a in arrays], h['shape'], h['topk'], h['axis'])
+        return _crop(logits) if _is_padded(arrays) else logits
 
     @property
     def _rows(self): return self._batches.rows(self._batches.i)
