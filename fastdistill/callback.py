@@ -174,7 +174,7 @@ class _TrainedLosses:
     def _size(self, model): return sum(p.numel() for p in model.parameters())
 
     def suit(self, features, model):
-        "Whether the features have the channels that they had; else an error will tell why, unless the student has changed"
+        "Do the features have the channels that these losses were made for? A student that has not changed is not asked"
         return self._channels(features) == self.channels or self._size(model) == self.size
 
     def keep(self, old):
@@ -205,9 +205,10 @@ class _TrainedLosses:
         if self.opt and self.opt() is not opt: self.states,self.slow = {},{}
         self.opt,self.joined = weakref.ref(opt),(learn,opt)
         opt.param_lists[-1].extend(self.params)
-        self._state(opt).update({p:self.states.get(p, new) for p,new in zip(self.params, self._new_states(learn))})
+        if new := [p for p in self.params if p not in self.states]: self.states.update(self._new_states(learn, new))
+        self._state(opt).update({p:self.states[p] for p in self.params})
         if getattr(opt, 'slow_weights', None):   # Lookahead's
-            opt.slow_weights[-1].extend(self.slow.get(p, p.detach().clone()) for p in self.params)
+            opt.slow_weights[-1].extend(self.slow[p] if p in self.slow else p.detach().clone() for p in self.params)
         learn.parameters = lambda: chain(model.parameters(), self.params)
 
     def leave(self):
@@ -221,10 +222,10 @@ class _TrainedLosses:
 
     def _state(self, opt): return getattr(opt, 'opt', opt).state   # of the optimizer that is wrapped, if one is
 
-    def _new_states(self, learn):
+    def _new_states(self, learn, params):
         "Weight decay spares norms, biases and variances, as it does the student's"
         plain = isinstance(getattr(learn.opt, 'opt', None), torch.optim.Optimizer) or learn.wd_bn_bias
-        return [{} if plain or p.ndim > 1 else dict(do_wd=False) for p in self.params]
+        return {p:{} if plain or p.ndim > 1 else dict(do_wd=False) for p in params}
 
     def state_dict(self):
         states = [self.states.get(p, {}) for p in self.params] if self.states else None
@@ -308,8 +309,10 @@ class _Inputs:
 class KnowledgeDistillationCallback(Callback):
     "Train the learner's model, the student, on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
-    _stateattrs = ('_teacher','_holders','_handles','_hooks','_inputs','_answer','_parts','_compared','_sent','_average','_first_buffers','_student','_trained','_saved','_kept','_guard','_may_stop')   # not copied
-    _learn = _teacher = _inputs = _answer = _parts = _compared = _sent = _average = _student = _trained = _saved = _kept = _guard = _may_stop = None
+    _stateattrs = ('_teacher','_holders','_handles','_hooks','_inputs','_answer','_parts','_compared','_sent',
+                   '_average','_first_buffers','_student','_trained','_saved','_kept','_guard','_may_stop')   # not copied
+    _learn = _teacher = _inputs = _answer = _parts = _compared = _sent = _average = None
+    _student = _trained = _saved = _kept = _guard = _may_stop = None
     _holders = _handles = _hooks = _columns = _first_buffers = ()
     def __init__(self,
         teacher, # Trained model: an `nn.Module`, a `Learner` or a `Teacher`, or a list of them, an ensemble, left as it was found; or a `TeacherRecording`
@@ -375,14 +378,18 @@ class KnowledgeDistillationCallback(Callback):
             gc.collect()   # a cell that was run again leaves a learner that nobody can reach
             attached = self._attached()
         if len(attached) > 1:
-            def starts(l): return l.__dict__.get('train_iter') == 0 and not hasattr(loss := l.__dict__.get('loss'), 'of_a_fit') and isinstance(loss, Tensor) and not loss.any()
+            def starts(l):
+                loss = l.__dict__.get('loss')
+                new = isinstance(loss, Tensor) and not hasattr(loss, 'of_a_fit') and not loss.any()
+                return new and l.__dict__.get('train_iter') == 0
             attached = [l for l in attached if starts(l)] or attached
         if len(attached) > 1: raise ValueError(f'Expected the callback to be on one learner, but {len(attached)} hold it. '
                                                'Make a callback for each, or remove it from the others with `remove_cb`.')
         if attached and attached[0] is not self._learn:
             self._undo()
             self.__dict__['_learn'] = attached[0]
-        if isinstance(loss := getattr(self._learn, 'loss', None), Tensor): loss.of_a_fit = True   # should that fail, it does not seem to start for ever
+        # a fit that fails in its first batch leaves its learner as if a fit were about to start: mark it
+        if isinstance(loss := getattr(self._learn, 'loss', None), Tensor): loss.of_a_fit = True
 
     def __call__(self, event_name):
         if event_name == 'before_fit': self._choose_learner()
@@ -395,8 +402,9 @@ class KnowledgeDistillationCallback(Callback):
         else: super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol):
-        "In an exported learner, which holds no data, an empty callback of fastai, which can be loaded without this package"
-        exported = self._learn is not None and not len(getattr(self._learn.dls, 'train_ds', [0]))
+        "An exported learner gets an empty callback of fastai, which loads where this package is not installed"
+        items = getattr(self._learn and self._learn.dls, 'train_ds', None)
+        exported = hasattr(items, '__len__') and not len(items)   # `export` takes the data away
         return (Callback,()) if exported else super().__reduce_ex__(protocol)
 
     def __setstate__(self, state):
@@ -406,7 +414,8 @@ class KnowledgeDistillationCallback(Callback):
     def __deepcopy__(self, memo):
         "A copy with the same teacher, as nothing changes that, and with what the losses have trained"
         res = memo[id(self)] = object.__new__(type(self))
-        res.__dict__.update({k:deepcopy(v, memo) for k,v in self.__dict__.items() if k not in (*self._stateattrs,'_learn')})
+        state = {k:v for k,v in self.__dict__.items() if k not in (*self._stateattrs,'_learn')}
+        res.__dict__.update(deepcopy(state, memo))
         res.__dict__.update(_teacher=self._teacher, _saved=deepcopy(self._trained.state_dict() if self._trained else self._saved))
         if (learn := memo.get(id(self._learn))) is not None: res.__dict__.update(_learn=learn, _holders=[weakref.ref(learn)])
         return res
@@ -419,7 +428,7 @@ class KnowledgeDistillationCallback(Callback):
 
     def before_fit(self):
         "Add the columns `task_loss` and `kd_loss` to the table"
-        if self.learn.lock.locked(): return   # validate or get_preds, perhaps in the middle of a fit: no training, no columns
+        if self.learn.lock.locked(): return   # validate or get_preds, perhaps in the middle of a fit: no columns
         self._undo()
         if (n := sum(isinstance(cb, KnowledgeDistillationCallback) for cb in self.learn.cbs)) > 1:
             raise ValueError(f'Expected one KnowledgeDistillationCallback, but the learner has {n}. One takes several losses as a list of `Match`es and several teachers as '
@@ -436,7 +445,9 @@ class KnowledgeDistillationCallback(Callback):
         "Start the teacher and hook the layers of both models"
         self.after_train()   # an epoch that was cancelled has left its hooks
         with self._undo_on_error():
-            if self._teacher is None: raise ValueError('Expected a teacher, but this callback was loaded without one, as pickles hold none. Set it: `callback.teacher = ...`.')
+            if self._teacher is None:
+                raise ValueError('Expected a teacher, but this callback was loaded without one, as pickles hold none. '
+                                 'Set it: `callback.teacher = ...`.')
             student,teacher = unwrap_model(self.model),self._teacher.model
             if {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}:
                 raise ValueError(f'Expected a teacher of its own, but {self._teacher} is the student or has weights in common with it. '
@@ -447,7 +458,8 @@ class KnowledgeDistillationCallback(Callback):
             for m in self.matches:
                 self._hooks += FeatureHooks(self.learn.model, m.student_layers, 'student', with_graph=True),FeatureHooks(teacher, m.teacher_layers, 'teacher')
             self._teacher.start(one_param(student).device, reset=any(isinstance(cb, ModelResetter) for cb in self.learn.cbs))
-            if not all(m.teacher_layers for m in self.matches) or is_compiled(teacher): self._may_stop = False   # compiled code would break at the exception
+            if not all(m.teacher_layers for m in self.matches) or is_compiled(teacher):
+                self._may_stop = False   # compiled code would break at the exception
             self.learn.dl = self._teacher.batches(self.learn)
             self._first_buffers = [(b,b.clone()) for b in student.buffers()]
 
@@ -505,7 +517,7 @@ class KnowledgeDistillationCallback(Callback):
         return [t.sum(dtype=torch.promote_types(t.dtype, torch.float32)) for t in said.values()]
 
     def _send(self, numbers):
-        "Start their way from the device, all at once, their mean over processes; nothing waits for it"
+        "Start to copy the numbers to the CPU, in one transfer, averaged over processes; nothing waits for it"
         dtype = torch.promote_types(numbers[0].dtype, torch.float32)
         sent = torch.stack([n.detach().as_subclass(Tensor).to(dtype) for n in numbers])
         if num_distrib() > 1: sent = maybe_gather(sent[None]).mean(0)
@@ -536,7 +548,7 @@ class KnowledgeDistillationCallback(Callback):
         return [n if names.count(n) == 1 else f'{n} {names[:i].count(n)+1}' for i,n in enumerate(names)] if len(names) > 1 else []
 
     def save(self,
-        file, # Path to write to; of several processes the first one writes, its own batch norm statistics among it
+        file, # Path to write to; with several processes only the first one writes, with its own batch norm statistics
     ):
         "Save what the losses have trained, and the optimizer's state of it, for `load`"
         if rank_distrib(): return
@@ -547,7 +559,7 @@ class KnowledgeDistillationCallback(Callback):
         part.replace(file)   # whole or not at all, whenever the process dies
 
     def load(self,
-        file, # Path that `save` has written; of several processes each has to load it, and waits for the one that saves
+        file, # Path that `save` has written; with several processes all have to load it, and wait for the first
     ):
         "Go on with what was saved, from the first batch of the next fit on; raises `ValueError` for another file"
         distrib_barrier()   # the first process may still be saving
@@ -556,13 +568,14 @@ class KnowledgeDistillationCallback(Callback):
         self._saved,self._trained = saved,None
 
     def _losses_for(self, features):
-        "What the losses train, made at the first batch, and again where the student's layers have changed"
+        "The losses that train: made at the first batch, and again for layers whose channels have changed"
         trained = self._trained
         if trained is None: return self._build(features)
         if trained.suit(features, self.learn.model): return trained
         if not rank_distrib():
-            warnings.warn('Layers of the student have other channels than before, as after pruning: what the losses train for them '
-                          'starts anew. Prune before the fit, or use a loss that trains nothing, such as `Attention`.')
+            warnings.warn('Layers of the student have other channels than before, as after pruning: what the losses '
+                          'train for them starts anew. Prune before the fit, or use a loss that trains nothing, '
+                          'such as `Attention`.')
         (new := self._build(features)).keep(trained)
         return new
 
@@ -632,7 +645,8 @@ class KnowledgeDistillationCallback(Callback):
         whose = ' and '.join(k for k,ok in parts.items() if not ok)
         if math.isfinite(l): raise ValueError(f'{m} is {l:.4g}, but {whose} is not finite')
         why = f', as {whose} is not finite' if whose else ', though what it compares is finite'
-        if not whose and getattr(m.loss, 'needs_targ', False): why += '. On a GPU that happens where a label is no class.'
+        if not whose and getattr(m.loss, 'needs_targ', False):
+            why += '. On a GPU that happens where a label is no class.'
         raise ValueError(f'{m} is {l}{why}')
 
     def concerns(self) -> list: # Texts

@@ -105,7 +105,7 @@ def _outputs(model, xb, rows):
 def layer_shapes(
     model:nn.Module, # Any model, wrapped or not
     x, # Inputs of a batch: a tensor, or a tuple of several
-) -> pd.DataFrame: # For each layer that returned a tensor: layer, kind (its class), shape, depth (share of the layers without parts that had run when it ended), block (has parts)
+) -> pd.DataFrame: # A row for each layer that returned a tensor: 'layer', 'kind', 'shape', 'depth' (0 to 1), 'block'
     "What each layer returns, and how deep it lies, in the order in which they end; the model is left as it was"
     rows = []
     n_leaves = _outputs(model, _inputs(x), rows)

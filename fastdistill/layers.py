@@ -91,7 +91,8 @@ class _FeatureHook(Hook):
             why = f'returned {self.found}, no tensor,' if self.found else 'did not run'
             raise ValueError(f'Layer {self.name!r} {why} in the forward pass')
         self.copies = _version(self.output) != self.version
-        return self.stored.clone() if self.stored.is_inference() else self.stored   # backward cannot save an inference tensor
+        if self.stored.is_inference(): return self.stored.clone()   # backward cannot save an inference tensor
+        return self.stored
 
     def clear(self): self.stored,self.output,self.found,self.calls = None,None,None,0
 
@@ -107,7 +108,6 @@ def _check_called(model, names, layers, role):
         cure = f'Name one that it calls: {", ".join(near)}' if near else 'It calls none: compare predictions'
         raise ValueError(f'Expected layers that {_describe(model, role)} calls as modules, but its graph was rewritten '
                          f'without {name!r}. {cure}.')
-
 
 # %% ../nbs/01_layers.ipynb #5a4f208b
 class FeatureHooks(Hooks):
@@ -146,7 +146,7 @@ class FeatureHooks(Hooks):
 def stop_after(
     hooks:list, # The `FeatureHooks` of a model, after a forward pass of it
 ) -> bool: # Whether that is possible: not where a layer ran several times, as the last time counts
-    "From now on end the model's forward pass with `StopForward` once all of these layers have run; `StopProof` tells whether that is safe"
+    "End later forward passes with `StopForward` once all of these layers have run; `StopProof` tells if that is safe"
     hooks = [h for hs in hooks for h in hs]
     if not hooks or any(h.calls != 1 for h in hooks): return False
     for h in hooks: h.last_of = hooks
@@ -156,11 +156,12 @@ def stop_after(
 class _Value(fx.Proxy):
     "A value on its way through a network that is traced; it keeps nothing, as an input does with `x.orig = x`"
     def __setattr__(self, name, value):
-        if name not in ('tracer','node'): raise fx.proxy.TraceError(f'The network sets the attribute {name!r} of a value')
+        if name not in ('tracer','node'):
+            raise fx.proxy.TraceError(f'The network sets the attribute {name!r} of a value')
         super().__setattr__(name, value)
 
 class _Calls(fx.Tracer):
-    "Counts how often each module is called; tracing patches `nn.Module` in all threads, so calls of other threads pass through"
+    "Counts the calls of each module; tracing patches `nn.Module` in all threads, so calls of others pass through"
     def __init__(self):
         super().__init__()
         self.calls,self.thread = {},get_ident()
@@ -179,7 +180,8 @@ _tracing = Lock()
 
 def _calls(model):
     "How often each module runs in a forward pass, in any; raises where that may depend on the inputs"
-    if any(p.default is not p.empty or p.kind is p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values()):
+    params = inspect.signature(model.forward).parameters.values()
+    if any(p.default is not p.empty or p.kind is p.VAR_POSITIONAL for p in params):
         raise fx.proxy.TraceError('The network has inputs that may be missing')
     with _tracing:
         tracer = _Calls()
@@ -212,7 +214,8 @@ class StopProof:
     ) -> bool: # False where it cannot be proved
         "Does a pass change nothing in the model, and run each of these layers once, whatever the inputs are?"
         held,self.held = self.held,_held(self.model)
-        if len(held) != len(self.held) or any(a is not b or v != w for (a,v),(b,w) in zip(held, self.held)): return False
+        if len(held) != len(self.held): return False
+        if any(a is not b or v != w for (a,v),(b,w) in zip(held, self.held)): return False
         try: calls = _calls(self.model)
         except Exception: return False   # torch.fx cannot trace it
         return all(calls.get(h.m) == 1 for hs in hooks for h in hs)

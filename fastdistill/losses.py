@@ -45,7 +45,7 @@ def _above_0(x):
     return torch.where(x > 1e-30, x, 1.)
 
 def _scaled(x, axis):
-    "`x` divided by the mean of its absolute values along `axis`, so that no square becomes 0 or infinite. For losses that ignore the scale"
+    "`x` divided by its mean absolute value along `axis`: no square becomes 0 or infinite. For losses that ignore scale"
     return x / _above_0(x.detach().abs().mean(axis, keepdim=True))
 
 def _unit(x):
@@ -151,11 +151,12 @@ def _check_targ(targ, student, axis):
                          f'but got {"probabilities" if soft else "labels"} {tuple(targ.shape)}')
 
 def _class_labels(y, n, dtype):
-    "The class of each item and its share of the mean, 0 where the label is -100. Raise for other labels that are no class; on a GPU their share is NaN"
+    "The class of each item and its share of the mean, 0 for -100. Others that are no class raise; on a GPU they give NaN"
     label,used = y.clamp(0, n-1),y != -100
     wrong = used & (label != y)
     if y.device.type == 'cpu' and wrong.numpy().any():   # to look at labels on a GPU would wait for it
-        raise ValueError(f'Expected labels from 0 to {n-1}, or -100 for items to leave out, but got {y[wrong].unique()[:5].tolist()}')
+        found = y[wrong].unique()[:5].tolist()
+        raise ValueError(f'Expected labels from 0 to {n-1}, or -100 for items to leave out, but got {found}')
     return label, (used.to(dtype)/used.sum().clamp(min=1)).masked_fill(wrong, math.nan)
 
 def _labelled_rows(student, teacher, targ, axis):
@@ -232,7 +233,7 @@ class NormalizedKD(nn.Module):
         teacher:Tensor, # Teacher's logits, same shape
         targ:Tensor, # Integer labels, (B,) or (B, ...), or probabilities of the shape of the logits
     ) -> Tensor: # Scalar: averaged over the batch and, where there are any, the positions
-        "Raises `ValueError` when the shapes do not fit, when a label is no class or when there are fewer than two classes"
+        "Raises `ValueError` when the shapes do not fit, when a label is no class or when there is one class only"
         s,t,label,share = _labelled_rows(student, teacher, targ, self.axis)
         of_label = F.softmax(t, 1).gather(1, label) * F.log_softmax(s, 1).gather(1, label)
         s,t = (_others(x, label)/self.T for x in (s,t))
@@ -364,7 +365,6 @@ def _aligned(student, teacher, *kinds):
                          'A trainable projector can map them: `Match(loss, ..., projector=True)`.')
     return _same_positions(student, teacher)
 
-
 def _check_positions(x):
     "Raise unless there are positions to compare with each other"
     if x[0,0].numel() < 2: raise ValueError(f'Expected at least 2 positions, which are compared with each other, but got {tuple(x.shape)}. '
@@ -417,7 +417,7 @@ class Projected(nn.Module):
     "A loss on features with a trainable projector before it"
     on_features = True
     def __init__(self,
-        loss, # Loss on features of the same channels: `loss(fm_student, fm_teacher)`, labels third if `needs_targ` is true
+        loss, # Loss on features of the same channels: `loss(fm_student, fm_teacher)`, labels third if `needs_targ`
     ):
         super().__init__()
         self.loss,self.projector,self.needs_targ = loss,None,getattr(loss, 'needs_targ', False)

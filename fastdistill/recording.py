@@ -43,7 +43,7 @@ def _seeded(seed, device):
 
 @contextmanager
 def _texts_in_order(dl):
-    "The loader of a language model shuffles its texts in place: start from their first order, and put back the found one"
+    "The loader of a language model shuffles its texts in place: start from their first order, put the found one back"
     if not _is_stream(dl):
         yield
         return
@@ -179,8 +179,8 @@ def _as_dtype(x, dtype, spread):
     "Raises where rounding changes an answer by more than twice what `_choose_dtype` accepts of the first batch"
     _check_finite(x)
     if dtype == torch.float16 and (error := _error(x, dtype)) > 0.02*spread:
-        raise ValueError(f'{dtype} would change the teacher\'s answers by up to {error:.3g}, but their standard deviation '
-                         f'is {spread:.3g}. Record them with dtype=torch.float32.')
+        raise ValueError(f'{dtype} would change the teacher\'s answers by up to {error:.3g}, but their standard '
+                         f'deviation is {spread:.3g}. Record them with dtype=torch.float32.')
     return x.to(dtype)
 
 def _pad(arrays, shapes):
@@ -346,7 +346,7 @@ def record_teacher(
     topk:int=None, # Keep this many of the highest logits, and the mass of the others; all by default
     axis:int=1, # Axis of the classes, for `topk`
 ): # `TeacherRecording`
-    "Record what a teacher says of the training set, go on where that was interrupted, or open it; `FileExistsError` for another"
+    "Record a teacher's answers to the training set; goes on after an interruption. `FileExistsError` for another one"
     dl,found = dls.train,deepcopy(getattr(dls.train, 'rng', None))
     _check_recordable(dl, n_epoch, dtype)
     resets = isinstance(teacher, Learner) and any(isinstance(cb, ModelResetter) for cb in teacher.cbs)
@@ -362,7 +362,8 @@ def record_teacher(
 
 def _check_recordable(dl, n_epoch, dtype):
     if num_distrib() > 1: raise ValueError('A teacher is recorded by one process, but this is one of several. Record it before, with plain `python`.')
-    if dtype not in (None,torch.float16,torch.float32): raise ValueError(f'Expected dtype to be torch.float16 or torch.float32, but got {dtype!r}')
+    if dtype not in (None,torch.float16,torch.float32):
+        raise ValueError(f'Expected dtype to be torch.float16 or torch.float32, but got {dtype!r}')
     if n_epoch < 1: raise ValueError(f'Expected at least one epoch, but got n_epoch={n_epoch}')
     _check_loader(dl)
     if dl.n is None or dl.bs is None or not len(dl): raise ValueError(f'Expected a training set of known size, with at least one batch, but got {dl.n} items in batches of {dl.bs}')
@@ -421,7 +422,7 @@ def _ask(teacher, dls, dl, seed, resets):
     return xb,answer
 
 def _in_any_order(teacher, dls, seed):
-    "A loader of each item once, its first batch and the answer; `None` where these depend on the batch that an item is in"
+    "A loader of each item once, its first batch and the answer; `None` where these depend on the rest of a batch"
     if not _same_in_any_order(dls): return
     dl = dls.train.new(shuffle=False, drop_last=False, get_idxs=partial(list, range(dls.train.n)))
     if _per_epoch(dl, seed) != dl.n: return
@@ -439,13 +440,14 @@ def _in_batches(teacher, dls, seed, resets):
     teacher.start(_leaves(first)[0].device, resets)
     if _alike(teacher(*first), answer, 0.05*_spread(answer)): return dls.train,first,answer
     raise ValueError(f'The teacher {teacher} answers the same batch differently when it is asked again, '
-                     'so its answers cannot be recorded. Switch off what it draws at random. Of a recurrent model pass the `Learner`, with a `ModelResetter`.')
+                     'so its answers cannot be recorded. Switch off what it draws at random. '
+                     'Of a recurrent model pass the `Learner`, with a `ModelResetter`.')
 
 def _alike(a, b, atol, rtol=0.):
     return a.shape == b.shape and torch.isclose(a.float(), b.float(), rtol=rtol, atol=atol).all().item()
 
 def _tolerance(teacher):
-    "How far a teacher's answers may be from those recorded, as a share of their standard deviation; more with `fast=True`"
+    "How far answers may be from those recorded, as a share of their standard deviation; more with `fast=True`"
     return max([0.005, *(2*t.tolerance for t in getattr(teacher, 'teachers', [teacher]) if getattr(t, 'fast', False))])
 
 def _check_header(files, header):
@@ -453,7 +455,8 @@ def _check_header(files, header):
     if d := _differences(files.header, wanted): raise _another(files, d)
 
 def _another(files, what):
-    return FileExistsError(f'{files.path} holds another recording. Delete it or choose another path. What differs: {what}')
+    return FileExistsError(f'{files.path} holds another recording. Delete it or choose another path. '
+                           f'What differs: {what}')
 
 def _check_answers(files, rows, answer, tolerance):
     "Raise unless this is what was recorded: two teachers may have the same weights and say other things"
@@ -564,7 +567,8 @@ class TeacherRecording(Teacher):
             raise ValueError(f'{mix} blends inputs as it goes, and {self} knows those that were recorded. A teacher that answers blends has to run.')
         _check_loader(learn.dl)
         if d := _differences(h['setup'], _setup(learn.dls, learn.dl, h['any_order'])): raise ValueError(f'{self} was made of other batches. {d}')
-        self._batches = _Numbered(learn.dl) if h['any_order'] else _Seeded(learn.dl, h['seed'], learn.epoch % h['n_epoch'], h['rows'])
+        if h['any_order']: self._batches = _Numbered(learn.dl)
+        else: self._batches = _Seeded(learn.dl, h['seed'], learn.epoch % h['n_epoch'], h['rows'])
         return self._batches
 
     def check(self,

@@ -66,7 +66,8 @@ def describe_data(
     vocab,normalize = getattr(dls, 'vocab', None),next((t for t in tfms if isinstance(t, Normalize)), None)
     if is_listy(vocab) and len(vocab) and _is_collection(vocab[-1]): vocab = vocab[-1]     # of texts and their classes
     size = next((t.size for t in reversed(tfms) if isinstance(getattr(t, 'size', None), (int,tuple,list))), None)
-    facts = dict(classes=list(vocab) if _is_collection(vocab) else None, size=None if size is None else _height_and_width(size))
+    facts = dict(classes=list(vocab) if _is_collection(vocab) else None,
+                 size=None if size is None else _height_and_width(size))
     if normalize is not None: facts.update({k:getattr(normalize, k).flatten().tolist() for k in ('mean','std')})
     return {k:v for k,v in facts.items() if v is not None}
 
@@ -79,10 +80,12 @@ class _Use:
     "How a network was found, and who uses it now: pairs of a thread and a `Teacher`"
     def __init__(self, teacher):
         self.device,self.channels_last,self.users = teacher.device,teacher._is_channels_last(),set()
-        self.modes = [(m,m.training) for m in teacher.model.modules() if hasattr(m, 'training')]   # what `jit.freeze` makes has no mode
+        modules = [m for m in teacher.model.modules() if hasattr(m, 'training')]   # `jit.freeze` takes the mode away
+        self.modes = [(m,m.training) for m in modules]
 
     def give_back(self, teacher):
-        if not self.channels_last and teacher._is_channels_last(): teacher.model.to(memory_format=torch.contiguous_format)
+        if not self.channels_last and teacher._is_channels_last():
+            teacher.model.to(memory_format=torch.contiguous_format)
         if self.device is not None: teacher.model.to(self.device)
         for m,training in self.modes: m.training = training
 
@@ -114,7 +117,7 @@ class Teacher:
         device, # Device on which batches will come
         reset:bool=False, # Forget the hidden state of a recurrent model, now and at the end, as fastai's `ModelResetter` does with the student's?
     ):
-        "Remember how the model is, then put it on `device` and in evaluation mode; raises `ValueError` where another fit needs it otherwise"
+        "Put the model on `device` and in evaluation mode; raises `ValueError` where another fit needs it otherwise"
         with _uses_lock:
             use,me = _uses.get(id(self.model)) or _Use(self),(current_thread(),self)
             if use.users - {me}: self._check_shared(device, reset)
@@ -129,9 +132,12 @@ class Teacher:
 
     def _check_shared(self, device, reset):
         if self.device is not None and one_param(self.model).new_empty(0).to(device).device != self.device:
-            raise ValueError(f'Expected the teacher {self} on {torch.device(device)}, but another fit uses it on {self.device}. Give one of them a `deepcopy`.')
-        if reset and hasattr(self.model, 'reset') and any(t is not current_thread() for t,_ in _uses[id(self.model)].users):
-            raise ValueError(f'Another fit uses the teacher {self}, which has a hidden state. Give one of them a `deepcopy`.')
+            raise ValueError(f'Expected the teacher {self} on {torch.device(device)}, but another fit uses it '
+                             f'on {self.device}. Give one of them a `deepcopy`.')
+        in_threads = {t for t,_ in _uses[id(self.model)].users} - {current_thread()}
+        if reset and hasattr(self.model, 'reset') and in_threads:
+            raise ValueError(f'Another fit uses the teacher {self}, which has a hidden state. '
+                             'Give one of them a `deepcopy`.')
 
     def stop(self):
         "The last user gives the model its device and modes back"
@@ -178,7 +184,8 @@ class Teacher:
         x = next((x for x in xb if isinstance(x, Tensor) and x.is_floating_point()), None)
         device = x.device if x is not None else self.device or torch.device('cpu')
         if self.dtype: return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
-        if x is None or x.dtype == torch.float32 or (own := one_param(self.model)) is None or own.dtype == x.dtype: return nullcontext()
+        if x is None or x.dtype == torch.float32: return nullcontext()
+        if (own := one_param(self.model)) is None or own.dtype == x.dtype: return nullcontext()
         return torch.autocast(device.type, x.dtype)
 
     def choose(self,
@@ -224,7 +231,8 @@ class Teacher:
         "Answer this way from now on; a model that was found with the channels last stays so"
         self.dtype,self.channels_last = dtype,channels_last
         use = _uses.get(id(self.model))
-        if use and not use.channels_last: self.model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        if use and not use.channels_last:
+            self.model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     def _is_channels_last(self):
         "Whether any weight of a convolution is laid out so already"

@@ -2,8 +2,9 @@
 import pickle, subprocess, sys
 from copy import deepcopy
 import pytest, torch
-from fastai.basics import Callback, CancelBatchException, Learner, load_learner
+from fastai.basics import Callback, CancelBatchException, DataLoaders, Learner, load_learner
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 from conftest import data, learner, n_hooks, net, same_state, state
 from fastdistill.all import *
 from test_callback import exportable, one_batch
@@ -177,6 +178,14 @@ def test_a_look_at_the_validation_set_between_two_epochs(teacher, look):
     kd = learn.knowledge_distillation
     assert learn.recorder.metric_names[-3:-1] == ['task_loss','kd_loss'] and len(kd.losses['kd_loss']) == 3*len(learn.dls.train)
     assert learn.metrics.attrgot('name') == ['accuracy'] and n_hooks(learn.model, teacher) == 0 and '_with_events' not in learn.__dict__
+
+class Stream(IterableDataset):
+    def __iter__(self): return iter(data().train_ds)
+
+def test_a_learner_whose_data_have_no_length_can_be_pickled(teacher):
+    dl = DataLoader(Stream(), 8)
+    loaded = pickle.loads(pickle.dumps(learner(dls=DataLoaders(dl, dl), cbs=KD(teacher))))
+    assert type(loaded.knowledge_distillation) is KD
 
 # --- several learners ---
 
