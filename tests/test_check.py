@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from conftest import data, free_port, learner, loaders, mlp, n_hooks, net, same_state, state
 from test_applications import language_dls, text_learner, texts
 from fastdistill.all import *
-from fastdistill.cli import digits_learner
+from fastdistill.digits import digits_learner
 
 @pytest.fixture(scope='module')
 def trained():
