@@ -1,8 +1,6 @@
-"Every public name, for `from fastdistill.all import *`; written by hand, as in fastai."
+"Every name that users type, for `from fastdistill.all import *`; written by hand, as in fastai."
 from .losses import *
-from .layers import *
-from .teacher import *
-from .callback import *
-from .check import *
-from .report import *
-from .recording import *
+from .layers import get_model_layers, unwrap_model
+from .teacher import Ensemble, Teacher
+from .objective import Match
+from .callback import KnowledgeDistillationCallback, ShowDistillationGraph
