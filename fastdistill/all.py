@@ -3,6 +3,10 @@ from .losses import *
 from .layers import *
 from .teacher import *
 from .callback import *
+from .untouched import *
+from .matching import *
+from .measure import *
 from .check import *
+from .search import *
 from .report import *
 from .recording import *
