@@ -1,6 +1,10 @@
-"Every name that users type, for `from fastdistill.all import *`; written by hand, as in fastai."
+"The names that users type, for `from fastdistill.all import *`; written by hand, as in fastai."
 from .losses import *
-from .layers import get_model_layers, unwrap_model
+from .layers import get_model_layers
+from .matching import layer_shapes, match_layers
 from .teacher import Ensemble, Teacher
 from .objective import Match
 from .callback import KnowledgeDistillationCallback, ShowDistillationGraph
+from .recording import TeacherRecording, record_teacher
+from .untouched import untouched
+from . import check, search     # give Learner its `distill_check` and `weight_finder`
