@@ -7,4 +7,4 @@ from .objective import Match
 from .callback import KnowledgeDistillationCallback, ShowDistillationGraph
 from .recording import TeacherRecording, record_teacher
 from .untouched import untouched
-from . import check, search     # give Learner its `distill_check` and `weight_finder`
+from . import check as _check, search as _search     # they give Learner its `distill_check` and `weight_finder`
