@@ -13,7 +13,7 @@ from fastcore.basics import is_coll, listify
 from fastcore.xtras import is_listy
 from torch import Tensor
 
-# %% ../nbs/data.ipynb #b797e445
+# %% ../nbs/data.ipynb #2b21e966
 def get_logits(
     out, # What a model returned: a tensor, a tuple or list, a dictionary with 'logits', an object with `.logits`
 ) -> Tensor: # The logits; of a tuple or list, those in its first item
@@ -23,8 +23,9 @@ def get_logits(
         if   isinstance(found, Mapping) and 'logits' in found: found = found['logits']
         elif isinstance(found, (tuple,list)) and len(found):   found = found[0]
         elif isinstance(getattr(found, 'logits', None), Tensor): found = found.logits
-        else: raise TypeError("Expected logits: a tensor, a tuple that starts with one, a dictionary with the key 'logits' "
-                              f'or an object with the attribute `logits`, but the model returned {describe_value(out)}')
+        else: raise TypeError("Expected logits: a tensor, a tuple that starts with one, a dictionary with the key "
+                              "'logits' or an object with the attribute `logits`, "
+                              f'but the model returned {describe_value(out)}')
     return found
 
 # %% ../nbs/data.ipynb #8b5ddf29
