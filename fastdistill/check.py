@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weak_teacher', 'distant_layers', 'unequal_losses', 'DistillCheck', 'callback_of']
 
-# %% ../nbs/check.ipynb #602c03e4
+# %% ../nbs/check.ipynb #dd66d9e0
 import math
 from html import escape
 import matplotlib.pyplot as plt
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import nn
 from .callback import KnowledgeDistillationCallback, alike, no_better_than_chance
 from .matching import layer_shapes
-from .measure import TeacherModule, comp_for, in_use, model_size, time_forward, validate_teacher
+from .measure import TeacherModule, comp_for, model_size, started, time_forward, validate_teacher
 from .teacher import describe_data
 from .untouched import untouched
 
@@ -84,7 +84,7 @@ class _FirstBatch(Callback):
 
     def before_backward(self): raise CancelFitException()
 
-# %% ../nbs/check.ipynb #93ece58b
+# %% ../nbs/check.ipynb #fac77ebd
 def _figures(model, call, xb, n): return {**model_size(model), 'ms for a batch':np.median(time_forward(call, xb, n))}
 
 def _compare_models(learn, teacher, xb, dl, n):
@@ -96,7 +96,7 @@ def _compare_models(learn, teacher, xb, dl, n):
         rows['student'] = _figures(learn.model, learn.model.eval(), xb, n)
         if len(dl): rows['student'].update(zip(names, learn.validate(dl=dl)))
         if not teacher.live: return pd.DataFrame(rows).T,right
-        with in_use(teacher, learn): rows['teacher'] = _figures(teacher.model, teacher, xb, n)
+        with started(teacher, learn): rows['teacher'] = _figures(teacher.model, teacher, xb, n)
         if len(dl):
             values,right = validate_teacher(learn, teacher, dl)
             rows['teacher'].update(zip(names, values))
