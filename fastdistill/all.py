@@ -1,5 +1,6 @@
 "The names that users type, for `from fastdistill.all import *`; written by hand, as in fastai."
 from .losses import *
+<<<<<<< HEAD
 from .layers import get_model_layers
 from .matching import layer_shapes, match_layers
 from .teacher import Ensemble, Teacher
@@ -8,3 +9,15 @@ from .callback import KnowledgeDistillationCallback, ShowDistillationGraph
 from .recording import TeacherRecording, record_teacher
 from .untouched import untouched
 from . import check as _check, search as _search     # they give Learner its `distill_check` and `weight_finder`
+=======
+from .layers import *
+from .teacher import *
+from .callback import *
+from .check import *
+from .items import *
+from .plots import *
+from .compare import *
+from .interpret import *
+from .report import *
+from .recording import *
+>>>>>>> tools
