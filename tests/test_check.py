@@ -10,25 +10,6 @@ from torch.nn import functional as F
 from conftest import data, free_port, learner, loaders, mlp, n_hooks, net, same_state, state
 from test_measure import Permuted
 from fastdistill.all import *
-<<<<<<< HEAD
-=======
-from fastdistill.digits import digits_learner
-
-@pytest.fixture(scope='module')
-def trained():
-    "A teacher that knows, and its data: 256 images in batches of 64"
-    set_seed(0)
-    learn = learner(net(8), data(256, 64))
-    learn.fit(10, 1e-2)
-    assert learn.validate()[1] > 0.9
-    return learn
-
-class Permuted(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-    def forward(self, x): return self.model(x).roll(1, 1)
->>>>>>> tools
 
 class Inverted(Permuted):
     def forward(self, x): return self.model(5-3*x)
