@@ -7,4 +7,8 @@ from .objective import Match
 from .callback import KnowledgeDistillationCallback, ShowDistillationGraph
 from .recording import TeacherRecording, record_teacher
 from .untouched import untouched
+from .measure import agreement, calibration_error
+from .compare import compare
+from .interpret import DistillationInterpretation
+from .report import write_report
 from . import check as _check, search as _search     # they give Learner its `distill_check` and `weight_finder`

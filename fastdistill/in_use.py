@@ -34,7 +34,7 @@ def device_of(model): return None if (p := one_param(model)) is None else p.devi
 
 def _is_channels_last(model): return any(p.ndim == 4 and not p.is_contiguous() for p in model.parameters())
 
-# %% ../nbs/in_use.ipynb #33424e83
+# %% ../nbs/in_use.ipynb #cad04cd8
 _uses,_lock = {},Lock()     # the networks in use, by id
 
 def start_use(
@@ -61,7 +61,8 @@ def _check_others(use, user, device, reset):
         raise ValueError(f'Expected the teacher {user} on {torch.device(device)}, but another fit uses it on {now}. '
                          'Give one of them a `deepcopy`.')
     if reset and hasattr(use.model, 'reset') and any(thread is not current_thread() for thread,_ in others):
-        raise ValueError(f'Another fit uses the teacher {user}, which has a hidden state. Give one of them a `deepcopy`.')
+        raise ValueError(f'Another fit uses the teacher {user}, which has a hidden state. '
+                         'Give one of them a `deepcopy`.')
 
 def reset_state(
     model:nn.Module, # Any model

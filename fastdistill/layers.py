@@ -95,7 +95,7 @@ class FeatureHook(Hook):
 
 def tensor_version(t): return None if t.is_inference() else t._version     # inference tensors have no counter
 
-# %% ../nbs/layers.ipynb #f4351e2a
+# %% ../nbs/layers.ipynb #40ed28cb
 def _check_called(model, names, layers, role):
     "Raise where `torch.fx` has rewritten the model and its graph does not call one of the layers"
     if not isinstance(inner := unwrap_model(model), fx.GraphModule): return
@@ -105,8 +105,8 @@ def _check_called(model, names, layers, role):
     for name in (n for n,l in zip(names, layers) if l not in modules):
         near = [n for n in called if n.startswith(f'{name}.')] or get_close_matches(name, called, n=5) or called[:20]
         cure = f'Name one that it calls: {", ".join(near)}' if near else 'It calls none: compare predictions'
-        raise ValueError(f'Expected layers that {_model_name(model, role)} calls as modules, but its graph was rewritten '
-                         f'without {name!r}. {cure}.')
+        raise ValueError(f'Expected layers that {_model_name(model, role)} calls as modules, '
+                         f'but its graph was rewritten without {name!r}. {cure}.')
 
 def _check_one_device(model, role):
     if not isinstance(model, nn.DataParallel) or len(model.device_ids) < 2: return
@@ -114,9 +114,9 @@ def _check_one_device(model, role):
                      f'{len(model.device_ids)} GPUs. Train in several processes instead: '
                      '`with learn.distrib_ctx(): learn.fit(...)`.')
 
-# %% ../nbs/layers.ipynb #3386cc58
+# %% ../nbs/layers.ipynb #49a63a46
 class FeatureHooks(Hooks):
-    "The outputs of layers `names` of `model` at its last forward pass; as a context manager, removes the hooks at the end"
+    "The outputs of some layers at a model's last forward pass; as a context manager, removes the hooks at the end"
     def __init__(self,
         model:nn.Module, # Any model, wrapped or not
         names:list, # Names of layers, in any order, repeated or not; an unknown one raises `KeyError`
@@ -131,15 +131,15 @@ class FeatureHooks(Hooks):
 
     @property
     def features(self) -> L: # One tensor for each name, with its graph
-        "The captured tensors; raises `ValueError` when a layer did not run, or not with gradients, or returned no tensor"
+        "The captured tensors; raises `ValueError` when a layer returned none, did not run, or ran without gradients"
         try: found = L(h.feature() for h in self)
         except ValueError as e:
-            raise ValueError(f'{e} of {self.model_name}. A layer that a model skips or that runs as part of a fused operation '
-                             'cannot be compared. A compiled model that ran before, without hooks, needs '
+            raise ValueError(f'{e} of {self.model_name}. A layer that a model skips or that runs as part of a fused '
+                             'operation cannot be compared. A compiled model that ran before, without hooks, needs '
                              '`torch.compiler.reset()`.') from None
         if self.with_graph and (names := [h.name for h in self if not h.with_grad]):
-            raise ValueError(f'Expected {self.model_name} to run the layers {names} with gradients, but they ran without. '
-                             'Gradient checkpointing keeps the graph with `use_reentrant=False`; '
+            raise ValueError(f'Expected {self.model_name} to run the layers {names} with gradients, but they ran '
+                             'without. Gradient checkpointing keeps the graph with `use_reentrant=False`; '
                              'layers under `torch.no_grad()` learn nothing.')
         return found
 

@@ -72,7 +72,7 @@ def _starts_fit(learn):
     new = isinstance(loss, Tensor) and not hasattr(loss, 'of_a_fit') and not loss.any()
     return new and learn.__dict__.get('train_iter') == 0
 
-# %% ../nbs/shared_callback.ipynb #01e5e3c7
+# %% ../nbs/shared_callback.ipynb #a1cdc0e3
 @patch
 def __reduce_ex__(self:SharedCallback, protocol):
     items = getattr(self._learn and self._learn.dls, 'train_ds', None)
@@ -89,5 +89,6 @@ def __deepcopy__(self:SharedCallback, memo):
     res = memo[id(self)] = object.__new__(type(self))
     left_out = (*self._stateattrs,'_learn')
     res.__dict__.update(deepcopy({k:v for k,v in self.__dict__.items() if k not in left_out}, memo))
-    if (learn := memo.get(id(self._learn))) is not None: res.__dict__.update(_learn=learn, _holders=[weakref.ref(learn)])
+    copies = [memo[id(l)] for l in (self._learn,*self._attached()) if id(l) in memo]   # of the learner that is copied
+    if copies: res.__dict__.update(_learn=copies[0], _holders=[weakref.ref(copies[0])])
     return res

@@ -18,7 +18,7 @@ from .data import describe_data, describe_value, get_logits
 from .in_use import device_of, end_use, lay_out, reset_state, start_use
 from torch import nn, Tensor
 
-# %% ../nbs/teacher.ipynb #bdaf7174
+# %% ../nbs/teacher.ipynb #4117a9f9
 class Teacher:
     "A frozen model that answers batches between `start` and `stop`, and is then left as it was found"
     live = True     # a network, which answers any batch; a recording answers those that it knows
@@ -48,9 +48,9 @@ class Teacher:
         try:
             with self._precision(xb): out = self.model(*xb)
         except Exception as e:
-            asked = ", ".join(map(describe_value, xb))
-            raise modify_exception(e, f'The teacher {self} cannot answer a batch of inputs {asked}: {e}. One that expects other '
-                                   'inputs than the student takes them through `Teacher(model, input_tfm=...)`.', replace=True)
+            msg = (f'The teacher {self} cannot answer a batch of inputs {", ".join(map(describe_value, xb))}: {e}. '
+                   'One that expects other inputs than the student takes them through `Teacher(model, input_tfm=...)`.')
+            raise modify_exception(e, msg, replace=True)
         out = get_logits(out)
         return out.clone() if out.is_inference() else out     # the student's backward cannot save an inference tensor
 
@@ -106,7 +106,7 @@ def stop(self:Teacher):
     "The last user gives the model back its device, layout and modes; without a start there is nothing to do"
     end_use(self.model, self)
 
-# %% ../nbs/teacher.ipynb #d2613baf
+# %% ../nbs/teacher.ipynb #f1cabbb1
 @patch
 def choose(self:Teacher,
     *xb, # All inputs of a batch
@@ -126,8 +126,8 @@ def choose(self:Teacher,
 @patch
 def _print_choice(self:Teacher, way, seconds, error, plain):
     how = ' and '.join(['bfloat16']*(way[0] is not None) + ['channels last']*way[1]) or 'as it is'
-    print(f'Teacher {self}: {how}, {1e3*seconds:.1f} ms for a batch instead of {1e3*plain:.1f}; '
-          f'logits differ by at most {error:.3f} of their standard deviation')
+    print(f'Teacher {self}: {how}, {1e3*seconds:.1f} ms for a batch instead of {1e3*plain:.1f}.\n'
+          f'Its logits differ by at most {error:.3f} of their standard deviation.')
 
 # %% ../nbs/teacher.ipynb #ce8c2f19
 @patch
@@ -177,7 +177,7 @@ def check(self:Teacher,
 ):
     "Raise an error if the batch cannot be answered: a network answers all"
 
-# %% ../nbs/teacher.ipynb #47465c83
+# %% ../nbs/teacher.ipynb #bfac85fe
 class Ensemble(Teacher):
     "Several teachers that answer as one: with the mean of their logits"
     def __init__(self,
@@ -186,8 +186,8 @@ class Ensemble(Teacher):
     ):
         self.teachers = [as_teacher(t) for t in teachers]
         if not all(t.live for t in self.teachers):
-            raise ValueError('Expected networks, but got a recording. What an ensemble answers can be recorded as a whole: '
-                             '`record_teacher` takes a list.')
+            raise ValueError('Expected networks, but got a recording. What an ensemble answers can be recorded as a '
+                             'whole: `record_teacher` takes a list.')
         self.weights = _shares(weights, len(self.teachers))
         self.model = nn.ModuleList(t.model for t in self.teachers)
 

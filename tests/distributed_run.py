@@ -8,7 +8,7 @@ from fastai.torch_core import distrib_barrier, num_distrib, rank_distrib
 from torch import nn
 from conftest import data, loaders, n_hooks
 from fastdistill.all import *
-from fastdistill.cli import _start_processes
+from fastdistill.experiment import start_processes
 
 scenarios = {'plain': lambda n: [], 'accumulate': lambda n: [GradientAccumulation(n)], 'clip': lambda n: [GradientClip(0.05)], 'loaded': lambda n: [], 'compiled': lambda n: []}
 options = {'compiled': dict(dynamo_backend='eager')}     # accelerate compiles around `DistributedDataParallel`
@@ -63,7 +63,7 @@ def fit(out, scenario, saved=None):
     return seen
 
 if __name__ == '__main__':
-    _start_processes()
+    start_processes()
     out,*names = sys.argv[1:]
     for name in names: torch.save(fit(out, name, f'{out}/kd_plain.pth' if name == 'loaded' else None), f'{out}/{name}_{rank_distrib()}.pth')
     torch.distributed.destroy_process_group()

@@ -151,6 +151,15 @@ def test_a_copied_learner_trains_with_the_teacher(teacher):
     assert same_state(other.model, state(learn.model)) and same_state(copied.trained.losses, state(kd.trained.losses))
     assert not {id(p) for p in copied.trained.params} & {id(p) for p in kd.trained.params}
 
+def test_a_copy_of_one_of_two_learners_trains_with_the_teacher(teacher):
+    "Also if the last fit was the other's"
+    kd = KD(teacher)
+    a,b = learner(cbs=kd),learner(cbs=kd)
+    a.fit(1)
+    copied = deepcopy(b)
+    copied.fit(1)
+    assert copied.knowledge_distillation.learn is copied and 'kd_loss' in copied.recorder.metric_names and kd.learn is a
+
 def test_a_pickled_callback_asks_for_its_teacher(teacher):
     kd = pickle.loads(pickle.dumps(KD(teacher)))
     with pytest.raises(ValueError, match=r'loaded without one.*`callback.teacher = \.\.\.`'): learner().fit(1, cbs=kd)

@@ -163,9 +163,10 @@ def test_a_compiled_teacher_runs_through(dynamo):
     "An exception in the middle of compiled code would have it compiled again"
     teacher = counted()
     for t,n in ((teacher,1), (torch.compile(teacher, backend='eager'),3)):
-        teacher[5].n = 0
-        learner().fit(1, cbs=KD(t, Attention, '0', '0'))
-        assert teacher[5].n == n     # of three batches
+        for _ in range(2):     # the first pass changes a compiled model, so only the second fit could end it early
+            teacher[5].n = 0
+            learner().fit(1, cbs=KD(t, Attention, '0', '0'))
+            assert teacher[5].n == n     # of three batches
 
 @pytest.mark.parametrize('layers', [['0'],['1','0'],['0','0'],['0','0.2']])
 def test_forward_ends_behind_the_last_layer(layers):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['registered_losses', 'full_precision', 'Loss', 'loss_needs']
 
-# %% ../../nbs/losses/base.ipynb #6801beae
-import math
+# %% ../../nbs/losses/base.ipynb #616cd839
+import inspect, math
 from functools import partial, wraps
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ def full_precision(
     def _inner(*args): return in_full_precision(loss, *args)
     return _inner
 
-# %% ../../nbs/losses/base.ipynb #0c007cab
+# %% ../../nbs/losses/base.ipynb #0434f880
 registered_losses = {}   # Name -> class: each loss of this package
 
 class Loss(nn.Module):
@@ -62,11 +62,16 @@ class Loss(nn.Module):
         super().__init_subclass__(**kwargs)
         if registered and cls.__module__.startswith(_package): registered_losses[cls.__name__] = cls
 
+    def __repr__(self):
+        names = [k for k in inspect.signature(type(self)).parameters if k not in ('axis','eps')]
+        options = {k:v for k in names if (v := getattr(self, k, False)) is not False}
+        return f'{type(self).__name__}({", ".join(f"{k}={v!r}" for k,v in options.items())})'
+
 _package = f'{__name__.rpartition(".")[0]}.'
 
-# %% ../../nbs/losses/base.ipynb #967ecaa3
+# %% ../../nbs/losses/base.ipynb #4a77b7a5
 class LossNeeds:
-    "The attributes of `Loss`, and `T` and `standardize`, as `loss` has them now; by default those of `Loss`, None and False"
+    "The attributes of `Loss`, and `T` and `standardize`, as `loss` has them now"
     _defaults = {k:getattr(Loss, k) for k in Loss.__annotations__} | dict(T=None, standardize=False)
     def __init__(self,
         loss, # An instance of a loss, or a function
@@ -74,7 +79,8 @@ class LossNeeds:
         self.loss = loss
 
     def __getattr__(self, name):
-        if name not in self._defaults: raise AttributeError(f'Expected one of {", ".join(self._defaults)}, but got {name!r}')
+        if name not in self._defaults:
+            raise AttributeError(f'Expected one of {", ".join(self._defaults)}, but got {name!r}')
         func = self.loss.func if isinstance(self.loss, partial) else None
         return getattr(self.loss, name, getattr(func, name, self._defaults[name]))
 
@@ -86,10 +92,12 @@ class LossNeeds:
     @property
     def trains(self) -> bool:
         "Does the loss have something to train, or will it build it?"
-        return self.builds or isinstance(self.loss, nn.Module) and any(p.requires_grad for p in self.loss.parameters())
+        module = isinstance(self.loss, nn.Module)
+        return self.builds or module and any(p.requires_grad for p in self.loss.parameters())
 
     def __repr__(self):
-        return f'LossNeeds({", ".join(f"{k}={getattr(self, k)!r}" for k in [*self._defaults, "builds", "trains"])})'
+        found = {k:getattr(self, k) for k in [*self._defaults, 'builds', 'trains']}
+        return f'LossNeeds({", ".join(f"{k}={v!r}" for k,v in found.items())})'
 
 # %% ../../nbs/losses/base.ipynb #40dd7f5d
 def loss_needs(
@@ -98,7 +106,7 @@ def loss_needs(
     "What `loss` needs"
     return LossNeeds(loss)
 
-# %% ../../nbs/losses/base.ipynb #dcd0dae5
+# %% ../../nbs/losses/base.ipynb #36c64418
 def check_above(least, **options):
     "Raise `ValueError` unless each option is a number above `least`"
     for k,v in options.items():
@@ -107,14 +115,24 @@ def check_above(least, **options):
 def check_at_least(least, **options):
     "Raise `ValueError` unless each option is a number of at least `least`"
     for k,v in options.items():
-        if not least <= v < math.inf: raise ValueError(f'Expected {k} to be a number of at least {least}, but got {k}={v}')
+        if not least <= v < math.inf:
+            raise ValueError(f'Expected {k} to be a number of at least {least}, but got {k}={v}')
 
 def shapes(student, teacher): return f'student {tuple(student.shape)} and teacher {tuple(teacher.shape)}'
 
 def check_batch(x):
     "Raise `ValueError` unless there are items to compare with each other"
-    if len(x) < 2: raise ValueError(f'Expected a batch of at least 2 items, which are compared with each other, but got {len(x)}. '
-                                    'A last batch that is too small can be left out with `drop_last=True`.')
+    if len(x) < 2:
+        raise ValueError('Expected a batch of at least 2 items, which are compared with each other, '
+                         f'but got {len(x)}. A last batch that is too small can be left out with `drop_last=True`.')
+
+def check_logits(student, teacher, axis=1, least=2):
+    "Raise `ValueError` unless both are logits of the same items and classes, at least `least` of them"
+    if student.shape != teacher.shape or student.ndim < 2:
+        raise ValueError(f'Expected logits of one shape, (batch, classes, ...), but got {shapes(student, teacher)}')
+    if student.shape[axis] < least:
+        raise ValueError(f'Expected logits of at least {least} classes, but got shape {tuple(student.shape)}. '
+                         'For a single logit there is `MultiLabelSoftTarget`, for a value `TeacherBounded`.')
 
 # %% ../../nbs/losses/base.ipynb #c459d997
 _kinds = {2:'vectors (batch, channels)', 3:'sequences (batch, tokens, channels)',

@@ -5,39 +5,41 @@
 # %% auto #0
 __all__ = ['Similarity', 'RKD', 'PKT']
 
-# %% ../../nbs/losses/relations.ipynb #a90884ce
+# %% ../../nbs/losses/relations.ipynb #37c6cfff
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .base import FeatureLoss, above_0, check_above, check_at_least, check_batch, full_precision, scaled, unit
+from .base import (FeatureLoss, above_0, check_above, check_at_least, check_batch, full_precision,
+                                     scaled, unit)
 
-# %% ../../nbs/losses/relations.ipynb #8d15e399
+# %% ../../nbs/losses/relations.ipynb #8d6c1a52
 def _gram(x):
-    "Inner products of all pairs of rows; as they are symmetric, one product of matrices will do for the gradient instead of two"
+    "Inner products of all pairs of rows; as they are symmetric, the gradient takes one matrix product instead of two"
     g = x @ x.detach().T
     return g + (g.T - g.T.detach())
 
-def _vectors(student, teacher):
-    "Features averaged over their positions, (B, C) and (B, C'); raise unless there are items to compare"
-    check_batch(student)
-    return (x if x.ndim == 2 else x.mean(1) if x.ndim == 3 else x.mean((2,3)) for x in (student,teacher))
-
-# %% ../../nbs/losses/relations.ipynb #18c395f4
+# %% ../../nbs/losses/relations.ipynb #d7e7d590
 class Similarity(FeatureLoss):
-    "Mean squared difference of the normalised inner products of all pairs of items ([Tung & Mori 2019](https://arxiv.org/abs/1907.09682))"
+    "Mean squared error of the similarities of pairs of items ([Tung & Mori 2019](https://arxiv.org/abs/1907.09682))"
     @full_precision
     def forward(self,
         fm_student:Tensor, # Student's features: a map, a sequence or a vector
         fm_teacher:Tensor, # Teacher's features, of the same kind
     ) -> Tensor: # Scalar: averaged over pairs of items
-        "Raises `ValueError` when the kinds differ and for a batch of one item"
+        "Raises `ValueError` for different kinds of features and for a batch of one item"
         self.check(fm_student, fm_teacher)
         check_batch(fm_student)
         return F.mse_loss(*(unit(_gram(f.flatten(1))) for f in (fm_student,fm_teacher)))
 
-# %% ../../nbs/losses/relations.ipynb #9c9f8248
+# %% ../../nbs/losses/relations.ipynb #8d367b9c
+def _vectors(student, teacher):
+    "Features averaged over their positions, (B, C) and (B, C')"
+    check_batch(student)
+    return (x if x.ndim == 2 else x.mean(1) if x.ndim == 3 else x.mean((2,3)) for x in (student,teacher))
+
+# %% ../../nbs/losses/relations.ipynb #70ed6747
 class RKD(FeatureLoss):
-    "Smooth L1 loss of the distances between items, divided by their mean, and of the angles of three items ([Park 2019](https://arxiv.org/abs/1904.05068))"
+    "Smooth L1 loss of distances between items and of angles of three ([Park 2019](https://arxiv.org/abs/1904.05068))"
     def __init__(self,
         distance:float=25., # Weight of the distances
         angle:float=50., # Weight of the angles
@@ -56,7 +58,7 @@ class RKD(FeatureLoss):
 
     def angles(self,
         x:Tensor, # Vectors, (B, C)
-    ) -> Tensor: # (B, B, B): cosine of the angle at the first between the second and the third, 0 where two of them are one
+    ) -> Tensor: # (B, B, B): at the first vector, between the second and the third; 0 where two of them are one
         "Cosines of the angles of all triples of vectors"
         e = unit(x[:,None] - x[None])
         return e @ e.transpose(1, 2)
@@ -66,17 +68,16 @@ class RKD(FeatureLoss):
         fm_student:Tensor, # Student's features: a map, a sequence or a vector
         fm_teacher:Tensor, # Teacher's features, of the same kind
     ) -> Tensor: # Scalar: averaged over pairs and over triples of items
-        "Raises `ValueError` when the kinds differ and for a batch of one item"
+        "Raises `ValueError` for different kinds of features and for a batch of one item"
         self.check(fm_student, fm_teacher)
         s,t = _vectors(fm_student, fm_teacher)
-        terms = [w * F.smooth_l1_loss(f(s), f(t)) for w,f in ((self.distance,self.distances), (self.angle,self.angles)) if w]
+        terms = [w * F.smooth_l1_loss(f(s), f(t))
+                 for w,f in ((self.distance,self.distances), (self.angle,self.angles)) if w]
         return sum(terms) if terms else 0*s.sum()
 
-    def extra_repr(self): return f'distance={self.distance}, angle={self.angle}'
-
-# %% ../../nbs/losses/relations.ipynb #2562e49b
+# %% ../../nbs/losses/relations.ipynb #6f5140ad
 class PKT(FeatureLoss):
-    "Divergence between the probabilities with which items pick each other as neighbours ([Passalis & Tefas 2018](https://arxiv.org/abs/1803.10837))"
+    "Divergence of probabilities to be neighbours ([Passalis & Tefas 2018](https://arxiv.org/abs/1803.10837))"
     def __init__(self,
         eps:float=1e-7, # Added to both probabilities
     ):
@@ -96,7 +97,7 @@ class PKT(FeatureLoss):
         fm_student:Tensor, # Student's features: a map, a sequence or a vector
         fm_teacher:Tensor, # Teacher's features, of the same kind
     ) -> Tensor: # Scalar: averaged over pairs of items
-        "Raises `ValueError` when the kinds differ and for a batch of one item"
+        "Raises `ValueError` for different kinds of features and for a batch of one item"
         self.check(fm_student, fm_teacher)
         s,t = map(self.neighbours, _vectors(fm_student, fm_teacher))
         return (t * ((t+self.eps)/(s+self.eps)).log()).mean()
