@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 import pandas as pd
 from fastdistill.callback import Match
-from fastdistill.cli import distill_digits
+from fastdistill.experiment import distill_digits
 from fastdistill.losses import Attention, SoftTarget
 
 stages = ['0','1','2']

@@ -18,7 +18,7 @@ from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
 from fastai.callback.all import *
 from fastai.data.load import DataLoader
 from torchvision import models
-from fastdistill.cli import digits_cnn, digits_dls
+from fastdistill.digits import digits_cnn, digits_dls
 from fastdistill.all import Attention, KnowledgeDistillationCallback, SoftTarget, Teacher, TeacherRecording, record_teacher
 from timing import machine, peak_mb, time_rounds
 

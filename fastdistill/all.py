@@ -1,8 +1,14 @@
-"Every public name, for `from fastdistill.all import *`; written by hand, as in fastai."
+"The names that users type, for `from fastdistill.all import *`; written by hand, as in fastai."
 from .losses import *
-from .layers import *
-from .teacher import *
-from .callback import *
-from .check import *
-from .report import *
-from .recording import *
+from .layers import get_model_layers
+from .matching import layer_shapes, match_layers
+from .teacher import Ensemble, Teacher
+from .objective import Match
+from .callback import KnowledgeDistillationCallback, ShowDistillationGraph
+from .recording import TeacherRecording, record_teacher
+from .untouched import untouched
+from .measure import agreement, calibration_error
+from .compare import compare
+from .interpret import DistillationInterpretation
+from .report import write_report
+from . import check as _check, search as _search     # they give Learner its `distill_check` and `weight_finder`

@@ -35,13 +35,13 @@ def digits_dls(
     dsets = Datasets(rows, tfms, splits=[range(n),range(1000,len(rows))])
     return dsets.dataloaders(bs=bs, val_bs=800, num_workers=0)
 
-# %% ../nbs/digits.ipynb #dce220c7
+# %% ../nbs/digits.ipynb #6b5fc426
 def digits_cnn(
     width:int, # Channels of the first layer
 ) -> nn.Module: # Layers '0', '1' and '2' are its stages
     "A convolutional network of three stages for 8×8 images"
-    return nn.Sequential(ConvLayer(1, width), ConvLayer(width, 2*width, stride=2), ConvLayer(2*width, 4*width, stride=2),
-                         nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(4*width, 10))
+    stages = ConvLayer(1, width),ConvLayer(width, 2*width, stride=2),ConvLayer(2*width, 4*width, stride=2)
+    return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(4*width, 10))
 
 # %% ../nbs/digits.ipynb #82bd3562
 def digits_learner(

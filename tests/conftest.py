@@ -70,3 +70,12 @@ def _seed(): set_seed(0, reproducible=True)
 
 @pytest.fixture
 def teacher(): return net(8)
+
+@pytest.fixture(scope='module')
+def trained():
+    "A learner that knows: 256 images in batches of 64"
+    set_seed(0)
+    learn = learner(net(8), data(256, 64))
+    learn.fit(10, 1e-2)
+    assert learn.validate()[1] > 0.9
+    return learn

@@ -4,7 +4,7 @@ import torch
 from fastai.torch_core import rank_distrib, set_seed
 from conftest import data, learner, loaders, n_hooks, net, state
 from fastdistill.all import *
-from fastdistill.cli import _start_processes
+from fastdistill.experiment import start_processes
 
 def small():
     items = data(64, 8).train.dataset
@@ -25,6 +25,6 @@ def look():
     return dict(models=check.models[['parameters','valid_loss','accuracy']].to_dict('index'), warnings=check.warnings, same=same, rows=rows)
 
 if __name__ == '__main__':
-    _start_processes()
+    start_processes()
     torch.save(look(), f'{sys.argv[1]}/check_{rank_distrib()}.pth')
     torch.distributed.destroy_process_group()

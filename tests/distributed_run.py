@@ -8,7 +8,7 @@ from fastai.torch_core import distrib_barrier, num_distrib, rank_distrib
 from torch import nn
 from conftest import data, loaders, n_hooks
 from fastdistill.all import *
-from fastdistill.cli import _start_processes
+from fastdistill.experiment import start_processes
 
 scenarios = {'plain': lambda n: [], 'accumulate': lambda n: [GradientAccumulation(n)], 'clip': lambda n: [GradientClip(0.05)], 'loaded': lambda n: [], 'compiled': lambda n: []}
 options = {'compiled': dict(dynamo_backend='eager')}     # accelerate compiles around `DistributedDataParallel`
@@ -23,21 +23,21 @@ class Steps(Callback):
     def before_fit(self): self.grads,self.start,self.hooks = [],None,set()
     def before_backward(self):
         self.hooks.add((type(self.model).__name__,n_hooks(unwrap_model(self.model))))
-        if self.start is None: self.start = {k:v.clone() for k,v in self.knowledge_distillation._trained.losses.state_dict().items()}
+        if self.start is None: self.start = {k:v.clone() for k,v in self.knowledge_distillation.trained.losses.state_dict().items()}
     def before_step(self): self.grads.append([p.grad.clone() for g in self.opt.param_lists for p in g])
 
 def saved_and_loaded(kd, file):
     "What each process loads, right after the first one has saved slowly"
-    state_dict = kd._trained.state_dict
+    state_dict = kd.trained.state_dict
     def slow_state_dict():
         time.sleep(0.5)
         return state_dict()
-    kd._trained.state_dict = slow_state_dict
+    kd.trained.state_dict = slow_state_dict
     kd.save(file)
     try: kd.load(file)
     except FileNotFoundError as e: return repr(e)
     finally: distrib_barrier()
-    return kd._saved['losses']
+    return kd.trained.saved['losses']
 
 def fit(out, scenario, saved=None):
     "Saved: the file from which the projectors start"
@@ -57,13 +57,13 @@ def fit(out, scenario, saved=None):
             from accelerate.state import AcceleratorState
             AcceleratorState._reset_state()     # it keeps the options of the first time
             with learn.distrib_ctx(sync_bn=False, **options.get(scenario, {})): learn.fit(2, 0.1, cbs=cbs)
-    seen = dict(grads=steps.grads, start=steps.start, student=student.state_dict(), projectors=kd._trained.losses.state_dict(), momenta=[s['grad_avg'] for s in kd._trained.states.values()],
+    seen = dict(grads=steps.grads, start=steps.start, student=student.state_dict(), projectors=kd.trained.losses.state_dict(), momenta=[s['grad_avg'] for s in kd.trained.states.values()],
                 hooks=steps.hooks, hooks_left=n_hooks(student, teacher), plain=learn.model is student, names=list(learn.recorder.metric_names), values=[list(map(float, v)) for v in learn.recorder.values])
     seen['loaded'] = saved_and_loaded(kd, f'{out}/kd_{scenario}.pth')
     return seen
 
 if __name__ == '__main__':
-    _start_processes()
+    start_processes()
     out,*names = sys.argv[1:]
     for name in names: torch.save(fit(out, name, f'{out}/kd_plain.pth' if name == 'loaded' else None), f'{out}/{name}_{rank_distrib()}.pth')
     torch.distributed.destroy_process_group()

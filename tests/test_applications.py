@@ -17,7 +17,7 @@ class First(Callback):
     def after_loss(self):
         if self.training and not hasattr(self, 'parts'):
             self.x,self.s,self.y = [x.clone() for x in self.xb],self.pred.detach().clone(),self.yb
-            self.parts = {k:v.item() for k,v in self.knowledge_distillation._parts.items()}
+            self.parts = {k:v.item() for k,v in self.knowledge_distillation.batch.parts.items()}
 
 def kl(s, t, T=5., axis=1):
     "Hinton's loss, in NumPy and float64; all axes but that of the classes are items"

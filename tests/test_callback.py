@@ -11,7 +11,7 @@ from fastai.callback.all import (CutMix, EarlyStoppingCallback, GradientAccumula
 from torch import nn
 from conftest import data, learner, loaders, mlp, n_hooks, net, same_state, state
 from fastdistill.all import *
-from fastdistill.teacher import _uses
+from fastdistill.in_use import networks_in_use
 
 KD = KnowledgeDistillationCallback
 stages = ['0','1']
@@ -253,7 +253,7 @@ def test_cancelled(teacher, ex, event):
     learn.fit(2)
     assert {n for training,n in hooks if training} == {5} and {n for training,n in hooks if not training} <= {0}
     assert n_hooks(learn.model, teacher) == 0 and teacher.training and learn.metrics.attrgot('name') == ['accuracy']
-    assert kd._answer is None and kd._hooks == ()
+    assert kd.batch is None
     learn.fit(1)
     assert list(learn.recorder.metric_names).count('kd_loss') == 1
 
@@ -340,7 +340,7 @@ def test_bad_input(make, ex, msg, on):
     assert same_state(shared, before) and n_hooks(shared) == 0 and learn.metrics.attrgot('name') == ['accuracy']
     if kd is not None:
         t = kd.teacher.model
-        assert same_state(t, t_before) and n_hooks(t) == 0 and id(kd.teacher.model) not in _uses
+        assert same_state(t, t_before) and n_hooks(t) == 0 and kd.teacher.model not in networks_in_use()
         if 'weights in common' not in msg: assert [m.training for m in t.modules()] == modes
 
 def test_layer_that_does_not_run(teacher):

@@ -2,12 +2,15 @@
 import inspect, os, re, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
-from fastai.basics import load_learner, set_seed
+from fastai.basics import Learner, load_learner, set_seed
 from conftest import free_port
 from PIL import Image
 from torchvision import models
 from fastdistill import cli
-from fastdistill.losses import Projected
+from fastdistill.images import image_dls, image_teacher, plain_model
+from test_images import images
+
+tiny = ['--epochs','1','--seeds','1','--size','32','--bs','8']
 
 @pytest.fixture
 def run(monkeypatch, capsys):
@@ -17,20 +20,6 @@ def run(monkeypatch, capsys):
         cli.main()
         return capsys.readouterr().out
     return _run
-
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    "Ten red and ten blue pictures of 40 pixels, in train and valid"
-    path,rng = tmp_path_factory.mktemp('images'),np.random.RandomState(0)
-    for split in ('train','valid'):
-        for c,name in enumerate(('red','blue')):
-            (path/split/name).mkdir(parents=True)
-            for i in range(10):
-                a = rng.randint(0, 100, (40,40,3)); a[...,2*c] += 100
-                Image.fromarray(a.astype(np.uint8)).save(path/split/name/f'{i}.png')
-    return path
-
-tiny = ['--epochs','1','--seeds','1','--size','32','--bs','8']
 
 def test_digits(run, tmp_path):
     out = run('--epochs', 2, '--seeds', 2, '--out', tmp_path/'new'/'folder')
@@ -59,20 +48,11 @@ def test_several_processes(tmp_path):
     table = pd.read_csv(tmp_path/'results.csv')
     assert len(table) == 4 and table.accuracy[0] > 0.9
 
-def test_digits_data():
-    dls,other = cli.digits_dls(200),cli.digits_dls(200, split=1)
-    assert (len(dls.train_ds), len(dls.valid_ds), dls.c) == (200, 797, 10)
-    def rows(ds): return {bytes(r.tobytes()) for r in ds.items}
-    assert not rows(dls.train_ds) & rows(dls.valid_ds) - rows(cli.digits_dls(1000).train_ds)
-    assert rows(dls.valid_ds) != rows(other.valid_ds)
-    x,y = dls.valid.one_batch()
-    assert x.shape == (797,1,8,8) and x.min() == 0 and x.max() == 1 and sorted(y.unique().tolist()) == list(range(10))
-
 def test_images_teacher_trained_here(run, images, tmp_path):
     out = run(images, '--from_scratch', '--teacher', 'resnet18', '--student', 'resnet18', '--out', tmp_path, *tiny)
     assert list(pd.read_csv(tmp_path/'results.csv').model) == ['teacher','student, scratch','student, SoftTarget']
     weights = torch.load(tmp_path/'teacher.pth', weights_only=True)
-    assert cli.image_teacher(cli.image_dls(images, 32, 8), 'resnet18', tmp_path/'teacher.pth').model.state_dict().keys() == weights.keys()
+    assert image_teacher(image_dls(images, 32, 8), 'resnet18', tmp_path/'teacher.pth').model.state_dict().keys() == weights.keys()
     assert 'teacher: 1' in out and 'One seed says nothing' in out and 'accuracy ±' not in pd.read_csv(tmp_path/'results.csv')
 
 @pytest.mark.parametrize('style', ['plain','learner'])
@@ -84,32 +64,15 @@ def test_images_teacher_from_a_file(run, images, tmp_path, style):
         torch.save(model.state_dict(), file)
     else:
         from fastai.vision.all import vision_learner
-        learn = vision_learner(cli.image_dls(images, 32, 8), models.resnet18, pretrained=False)
+        learn = vision_learner(image_dls(images, 32, 8), models.resnet18, pretrained=False)
         model,_ = learn.model,learn.save(file.with_suffix('').absolute())
-    loaded = cli.image_teacher(cli.image_dls(images, 32, 8), 'resnet18', file).model
+    loaded = image_teacher(image_dls(images, 32, 8), 'resnet18', file).model
     assert all(torch.equal(v, model.state_dict()[k]) for k,v in loaded.state_dict().items())
     layers = 'layer1,layer2' if style == 'plain' else '0.4,0.5'
     out = run(images, '--teacher=resnet18', '--teacher_weights', file, '--loss', 'Attention', '--student_layers', 'layer1,layer2',
               '--teacher-layers', layers, '--weight', 10, '--task_weight=1', '--out', tmp_path, *tiny)
     assert list(pd.read_csv(tmp_path/'results.csv').model) == ['teacher','student, scratch','student, Attention']
     assert 'teacher:' not in out     # not trained again
-
-@pytest.mark.parametrize('name', ['DecoupledKD','ChannelWise'])
-def test_a_loss_by_its_name(images, name):
-    "On a teacher with other channels, whose head is fastai's"
-    layers = dict(student_layers=['features.3'], teacher_layers=['0.5']) if name=='ChannelWise' else {}
-    runs,learners,_ = cli.distill_images(images, 'resnet18', 'mobilenet_v3_small', from_scratch=True, loss=name, epochs=1, seeds=1, size=32, bs=8, **layers)
-    assert list(learners) == ['student, scratch',f'student, {name}'] and runs.accuracy.between(0, 1).all()
-
-def test_every_loss_has_its_name():
-    for name,loss in cli.image_losses.items():
-        match = cli.image_loss(name, student_layers='0', teacher_layers='0') if getattr(loss, 'on_features', True) else cli.image_loss(name)
-        assert loss.__name__ == name and isinstance(match.loss, Projected) == (name in ('Cosine','ActivationBoundaries','ChannelWise'))
-    assert cli.image_loss('DIST', 2).loss.T == 2 and cli.image_loss('DIST').loss.T == 4
-
-def test_random_split_is_the_same_every_time(images):
-    a,b = (cli.image_dls(images/'train', 32, 4, valid_pct=0.25) for _ in range(2))
-    assert list(a.valid_ds.items) == list(b.valid_ds.items) and len(a.valid_ds) == 5
 
 def test_help():
     "The installed command, as a process of its own, explains each option"
@@ -172,7 +135,7 @@ def no_images(tmp_path):
 ])
 def test_bad_input(args, msg, images, no_images, monkeypatch):
     def trained(*_, **__): raise AssertionError('something was trained')
-    monkeypatch.setattr(cli.Learner, 'fit_one_cycle', trained)
+    monkeypatch.setattr(Learner, 'fit_one_cycle', trained)
     monkeypatch.setattr(torch.nn.init, 'trunc_normal_', lambda *_, **__: None)     # with which googlenet takes long
     args = [a.format(ok=images, bad=no_images) for a in args] + (['--bs','8','--size','32'] if '{ok}' in args and '--bs' not in args else [])
     monkeypatch.setattr(sys, 'argv', ['fastdistill', *args, '--out', str(no_images/'out')])
@@ -193,19 +156,11 @@ def test_a_folder_that_cannot_be_written_to(run, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='cannot be written to .Permission denied.. Give another folder with --out'): run('--out', tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == ['file']
 
-def test_written_is_said_after_the_write(tmp_path, monkeypatch, capsys):
-    def full(*_): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(cli, '_write_page', full)
-    monkeypatch.setattr(cli, 'train_teacher', lambda learn, *_: learn)
-    with pytest.raises(OSError): cli.fastdistill(epochs=1, seeds=1, out=tmp_path)
-    out = capsys.readouterr().out
-    assert 'gain in accuracy' in out and 'Written' not in out and (tmp_path/'results.csv').exists()
-
 def interrupt(*_, **__): raise KeyboardInterrupt()
 
 def test_ctrl_c_says_what_is_there(run, images, tmp_path, monkeypatch, capsys):
     "In one line, with the way to go on; files of an earlier run are not meant"
-    monkeypatch.setattr(cli, 'train_students', interrupt)
+    monkeypatch.setattr('fastdistill.images.train_students', interrupt)
     (tmp_path/'results.csv').write_text('old')
     with pytest.raises(SystemExit) as e: run(images, '--from_scratch', '--teacher', 'resnet18', '--out', tmp_path, *tiny)
     said = capsys.readouterr().err.splitlines()[-1]
@@ -222,7 +177,8 @@ def test_ctrl_c_with_nothing_written(run, tmp_path, monkeypatch, capsys):
 
 def test_a_reader_that_goes(tmp_path):
     "`| head -1`: one message, no empty folder"
-    script = "from fastdistill import cli; cli.distill_digits = lambda: [cli._say('x'*1000) for _ in range(1000)]; cli.main()"
+    script = ("from fastdistill import cli, experiment; "
+              "cli.distill_digits = lambda: [experiment.print_once('x'*1000) for _ in range(1000)]; cli.main()")
     process = subprocess.Popen([sys.executable, '-c', script, '--out', str(tmp_path/'new')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONWARNINGS='ignore'))
     process.stdout.readline()
     process.stdout.close()
@@ -230,25 +186,7 @@ def test_a_reader_that_goes(tmp_path):
     assert process.wait(timeout=60) == 130 and said[-1].startswith('fastdistill: Stopped.') and not any('Traceback' in l or 'BrokenPipe' in l for l in said)
     assert not list(tmp_path.iterdir())
 
-def test_no_head(images, monkeypatch):
-    "What fastai says where it cannot take an architecture apart is one line"
-    def fails(*_, **__): raise RuntimeError('sizes do not match\nat layer 3')
-    monkeypatch.setattr('fastai.vision.all.vision_learner', fails)
-    with pytest.raises(ValueError, match='cannot put a head of its own on googlenet .sizes do not match.. Try it as timm:NAME'): cli.image_teacher(cli.image_dls(images, 32, 8), 'googlenet')
-
-def test_no_download(images, monkeypatch):
-    "Without network, the ImageNet weights are an error with a cure"
-    from urllib.error import URLError
-    def offline(*_, **__): raise URLError('no network')
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', offline)
-    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(images/'no_cache'))
-    with pytest.raises(ValueError, match='--teacher_weights.*--from_scratch'): cli.image_teacher(cli.image_dls(images, 32, 8), 'resnet18')
-
 def test_timm(run, images, tmp_path):
     pytest.importorskip('timm', reason='timm is not installed')
     run(images, '--from_scratch', '--teacher', 'timm:resnet18', '--student', 'timm:resnet10t', '--out', tmp_path, *tiny)
-    with pytest.raises(ValueError, match="Unknown timm model 'resnet18x'"): cli.plain_model('timm:resnet18x', 2)
-
-def test_timm_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'timm', None)
-    with pytest.raises(ValueError, match='pip install timm'): cli.plain_model('timm:resnet18', 2)
+    with pytest.raises(ValueError, match="Unknown timm model 'resnet18x'"): plain_model('timm:resnet18x', 2)

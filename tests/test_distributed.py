@@ -99,7 +99,7 @@ def test_projectors_synchronise_their_batch_norm_where_the_student_does(teacher)
         torch.manual_seed(0)
         kd = KD(teacher, FitNet, ['0','1'], ['0','1'])
         learner(convert(deepcopy(model)), one_batch(), opt_func=SGD, cbs=[kd,o]).fit(1)
-        norms = [m for m in kd._trained.losses.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for m in kd.trained.losses.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         assert len(norms) == 2 and {isinstance(m, nn.SyncBatchNorm) for m in norms} == {o is g[1]}
     assert len(g[0].grads[0]) == len(list(model.parameters())) + 6
     close(*[o.grads[0] for o in g])

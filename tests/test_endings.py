@@ -148,8 +148,17 @@ def test_a_copied_learner_trains_with_the_teacher(teacher):
     kd,copied = learn.knowledge_distillation,other.knowledge_distillation
     assert copied is not kd and copied.learn is other and copied.teacher.model is teacher
     for l in (learn,other): l.fit(1)
-    assert same_state(other.model, state(learn.model)) and same_state(copied._trained.losses, state(kd._trained.losses))
-    assert not {id(p) for p in copied._trained.params} & {id(p) for p in kd._trained.params}
+    assert same_state(other.model, state(learn.model)) and same_state(copied.trained.losses, state(kd.trained.losses))
+    assert not {id(p) for p in copied.trained.params} & {id(p) for p in kd.trained.params}
+
+def test_a_copy_of_one_of_two_learners_trains_with_the_teacher(teacher):
+    "Also if the last fit was the other's"
+    kd = KD(teacher)
+    a,b = learner(cbs=kd),learner(cbs=kd)
+    a.fit(1)
+    copied = deepcopy(b)
+    copied.fit(1)
+    assert copied.knowledge_distillation.learn is copied and 'kd_loss' in copied.recorder.metric_names and kd.learn is a
 
 def test_a_pickled_callback_asks_for_its_teacher(teacher):
     kd = pickle.loads(pickle.dumps(KD(teacher)))
@@ -246,7 +255,7 @@ def test_another_teacher_in_the_middle_of_a_fit(teacher):
     seen = []
     learn.fit(1, cbs=Callback(before_batch=lambda self: seen.append((n_hooks(teacher), teacher.training)) if self.training else None))
     assert answered == ['first']*2 + ['second'] and seen[-1] == (1,True)
-    assert kd._trained.losses[1][0].projector[0].weight.shape[0] == 16
+    assert kd.trained.losses[1][0].projector[0].weight.shape[0] == 16
     assert n_hooks(learn.model) == 0 and n_hooks(teacher, other) == 2 and teacher.training and not other.training
 
 # --- a student that writes over its inputs ---

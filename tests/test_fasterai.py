@@ -30,7 +30,7 @@ class Steps(Callback):
     def before_fit(self): self.held = []
     def before_step(self):
         params = [p for g in self.opt.param_lists for p in g]
-        own = [*self.model.parameters(), *self.knowledge_distillation._trained.params]
+        own = [*self.model.parameters(), *self.knowledge_distillation.trained.params]
         self.held.append({id(p) for p in params} == {id(p) for p in own} and len(params) == len(own))
 
 def alone(cb, start):
@@ -64,7 +64,7 @@ def test_a_projector_is_made_anew_where_pruning_changes_the_channels(loss, made)
     kd,learn,steps = KD(net(24), loss, stages, stages),learner(net(16)),Steps()
     with pytest.warns(UserWarning, match='other channels than before.*starts anew. Prune before the fit'):
         learn.fit(2, 1e-2, cbs=[prune(), kd, steps])
-    inputs = [getattr(l, made)[0].weight.shape[1] for l in kd._trained.losses[0]]
+    inputs = [getattr(l, made)[0].weight.shape[1] for l in kd.trained.losses[0]]
     assert inputs == [l[0].weight.shape[0] for l in learn.model[:2]] == [8,16]
     assert all(steps.held) and len([p for g in learn.opt.param_lists for p in g]) == len(list(learn.model.parameters()))
 
@@ -72,17 +72,17 @@ def test_a_projector_becomes_needed():
     "Student and teacher are of the same width until the student is pruned"
     kd = KD(net(16), FitNet, stages, stages)
     with pytest.warns(UserWarning, match='starts anew'): learner(net(16)).fit(1, 1e-2, cbs=[prune(schedule=one_shot), kd])
-    assert [l.projector[0].weight.shape[:2] for l in kd._trained.losses[0]] == [(16,8),(32,16)]
+    assert [l.projector[0].weight.shape[:2] for l in kd.trained.losses[0]] == [(16,8),(32,16)]
 
 def test_what_still_fits_trains_on():
     "Of two projectors the one whose layer was not pruned is the same, and so is its state in the optimizer"
     kd,first = KD(net(24), [Match(FitNet, '0', '0'), Match(FitNet, '1', '1')]),[]
-    keep = Callback(before_backward=lambda self: first.append(self.knowledge_distillation._trained.losses))
+    keep = Callback(before_backward=lambda self: first.append(self.knowledge_distillation.trained.losses))
     with pytest.warns(UserWarning, match='starts anew'):
         learner(net(16)).fit(1, 1e-2, cbs=[prune({'0.0':0.5}, one_shot), kd, keep])
-    (a,b),(a_end,b_end) = ((o[0][0],o[1][0]) for o in (first[0],kd._trained.losses))
+    (a,b),(a_end,b_end) = ((o[0][0],o[1][0]) for o in (first[0],kd.trained.losses))
     assert a is not a_end and b is b_end and a_end.projector[0].weight.shape[1] == 8
-    steps = {id(p):s['step'] for p,s in kd._trained.states.items()}
+    steps = {id(p):s['step'] for p,s in kd.trained.states.items()}
     assert [steps[id(l.projector[0].weight)] for l in (a_end,b_end)] == [2,3]
 
 def test_pruned_between_two_fits(tmp_path):
@@ -94,7 +94,7 @@ def test_pruned_between_two_fits(tmp_path):
     kd.save(tmp_path/'kd.pth')
     kd.load(tmp_path/'kd.pth')
     learn.fit(1, 1e-2, cbs=kd)
-    assert [l.projector[0].weight.shape[1] for l in kd._trained.losses[0]] == [8,16]
+    assert [l.projector[0].weight.shape[1] for l in kd.trained.losses[0]] == [8,16]
 
 # --- quantisation-aware training ---
 

@@ -42,7 +42,7 @@ if start:
     learn.load(f'model_{start-1}', weights_only=False)
     kd.load(f'{out}/kd_{start-1}.pth')
 learn.fit_one_cycle(4, 1e-2, start_epoch=start, cbs=[Epochs(), kd, SaveModelCallback(every_epoch=True, with_opt=True)])
-torch.save((student.state_dict(), kd._trained.losses.state_dict(), learn.recorder.values[-1]), f'{out}/end.pth')
+torch.save((student.state_dict(), kd.trained.losses.state_dict(), learn.recorder.values[-1]), f'{out}/end.pth')
 '''
 
 def run(out, start, kill=''):
@@ -71,7 +71,7 @@ def test_a_save_that_dies_leaves_what_was_saved_before(teacher, tmp_path):
     saved = file.read_bytes()
     class Dies:
         def __reduce_ex__(self, protocol): raise OSError('no space left')
-    kd._trained.state_dict = lambda: dict(losses=Dies())
+    kd.trained.state_dict = lambda: dict(losses=Dies())
     with pytest.raises(OSError, match='no space'): kd.save(file)
     assert file.read_bytes() == saved
 

@@ -52,9 +52,9 @@ def test_projectors_train_in_float32_beside_the_student(to):
     if to: getattr(learn, to)(**dict(to_non_native_fp16=dict(max_loss_scale=256.)).get(to, {}))
     class First(Callback):
         order = 50
-        def before_backward(self): start.append([p.clone() for p in self.knowledge_distillation._trained.params])
+        def before_backward(self): start.append([p.clone() for p in self.knowledge_distillation.trained.params])
     learn.fit(3, 1e-2, cbs=First())
-    for before,p in zip(start[0], kd._trained.params, strict=True):
+    for before,p in zip(start[0], kd.trained.params, strict=True):
         assert p.dtype == torch.float32 and p.is_cuda and p.isfinite().all() and not torch.equal(before, p)
 
 def test_a_step_that_overflows_skips_the_projectors():
@@ -65,7 +65,7 @@ def test_a_step_that_overflows_skips_the_projectors():
     kd,seen = KnowledgeDistillationCallback(net(8), FitNet, '0', '0'),[]
     class Seen(Callback):
         order = 50
-        def before_backward(self): seen.append([p.clone() for p in self.knowledge_distillation._trained.params])
+        def before_backward(self): seen.append([p.clone() for p in self.knowledge_distillation.trained.params])
     learner(cbs=kd).to_fp16(init_scale=1024.).fit(1, 1e-2, cbs=[Overflow(),Seen()])
     assert all(torch.equal(a, b) for a,b in zip(seen[0], seen[1])) and not all(torch.equal(a, b) for a,b in zip(seen[1], seen[2]))
 
@@ -81,7 +81,7 @@ def test_recorded_teacher_sees_the_noise_drawn_on_the_gpu_again(tmp_path, to):
         order = 60
         def after_pred(self):
             if not self.training: return
-            with torch.no_grad(): asked.append((self.knowledge_distillation._answer, teacher.to(device).eval()(self.x.float())))
+            with torch.no_grad(): asked.append((self.knowledge_distillation.batch.answer, teacher.to(device).eval()(self.x.float())))
     learn = QuietLearner(dls, net(), loss_func=CrossEntropyLossFlat(), cbs=[KnowledgeDistillationCallback(rec), Ask()])
     if to: getattr(learn, to)(**dict(to_non_native_fp16=dict(max_loss_scale=256.)).get(to, {}))
     learn.fit(3)

@@ -19,8 +19,8 @@ class Batches(Callback):
     def after_loss(self):
         if not self.training: return
         with torch.no_grad(): answer = self.teacher_model(self.x)
-        self.seen.append(dict(s=self.pred.detach().double().numpy(), t=answer.double().numpy(), y=self.y, kd_loss=self.knowledge_distillation._parts['kd_loss'].item(),
-                              task_loss=self.knowledge_distillation._parts['task_loss'].item(), mix=self.mix_of(self.learn)))
+        self.seen.append(dict(s=self.pred.detach().double().numpy(), t=answer.double().numpy(), y=self.y, kd_loss=self.knowledge_distillation.batch.parts['kd_loss'].item(),
+                              task_loss=self.knowledge_distillation.batch.parts['task_loss'].item(), mix=self.mix_of(self.learn)))
     @staticmethod
     def mix_of(learn):
         mix = next((cb for cb in learn.cbs if isinstance(cb, (MixUp,CutMix))), None)

@@ -4,8 +4,9 @@ import pytest, torch
 from torch import nn
 from torchvision.models import resnet18
 from conftest import n_hooks, net, same_state, state
+from fastdistill.data import get_logits
 from fastdistill.layers import FeatureHooks, get_layer, get_model_layers, unwrap_model
-from fastdistill.teacher import Teacher, get_logits
+from fastdistill.teacher import Teacher
 
 def test_names_are_those_of_pytorch():
     model = resnet18()

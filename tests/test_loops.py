@@ -78,8 +78,8 @@ def test_a_step_that_overflows_skips_the_projectors(teacher, name):
         kd,seen,grads = KD(teacher, FitNet, '1', '1'),[],[]
         class Projectors(Callback):
             order = 50
-            def before_backward(self): seen.append([p.detach().clone() for p in kd._trained.params])
-            def after_backward(self): grads.append([p.grad.clone() for p in kd._trained.params])
+            def before_backward(self): seen.append([p.detach().clone() for p in kd.trained.params])
+            def after_backward(self): grads.append([p.grad.clone() for p in kd.trained.params])
         learner(net(), data(16, 8, shuffle=False), opt_func=partial(SGD, mom=0.), cbs=[*cbs, kd, Projectors(), *([Overflow()] if overflow else [])]).fit(1, lr)
         return seen,grads
     (first,second),_ = fit(0.1)

@@ -8,7 +8,7 @@ from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, 
 from torch import nn
 from conftest import data, learner, loaders, n_hooks, net, same_state, state
 from fastdistill.all import *
-from fastdistill.teacher import describe_data
+from fastdistill.data import describe_data
 from test_callback import close, exportable, grads_by_hand, Gradients, one_batch
 
 KD = KnowledgeDistillationCallback
@@ -24,15 +24,13 @@ def small(): return nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.Ad
 def distils(teacher, model, dls, student, logits=lambda out: out, **kwargs):
     "Fit, and compare the loss of the first batch with PyTorch's divergence from the plain model's logits; it is left as found, twice"
     x = dls.train.one_batch()[0]
-    found,modes,hooks,losses = state(model),[m.training for m in model.modules()],n_hooks(model),[]
+    found,modes,hooks = state(model),[m.training for m in model.modules()],n_hooks(model)
     plain = deepcopy(model).eval()
     with torch.no_grad(): s,t = deepcopy(student).train()(x),logits(plain(kwargs.get('inputs', x)))
     want = 25*F.kl_div(F.log_softmax(s/5, 1), F.log_softmax(t/5, 1), reduction='batchmean', log_target=True).item()
-    cb = Callback(after_loss=lambda self: losses.append(self.knowledge_distillation._parts['kd_loss'].item()) if self.training else None)
-    cb.order = 30
-    learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), cbs=cb)
-    with learn.no_bar(), learn.no_logging(): learn.fit(2, cbs=KD(teacher, SoftTarget))
-    assert losses[0] == pytest.approx(want, rel=1e-3) and want > 0
+    learn,kd = Learner(dls, student, loss_func=CrossEntropyLossFlat()),KD(teacher, SoftTarget)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, cbs=kd)
+    assert kd.losses['kd_loss'][0] == pytest.approx(want, rel=1e-3) and want > 0
     assert same_state(model, found) and [m.training for m in model.modules()] == modes and n_hooks(model) == hooks
     assert all(p.grad is None for p in model.parameters())
     return learn

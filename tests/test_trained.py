@@ -8,7 +8,7 @@ from fastai.basics import Adam, Callback, CancelStepException, OptimWrapper, SGD
 from fastai.callback.all import GradientAccumulation, GradientClip, SaveModelCallback
 from torch import nn
 from conftest import data, learner, n_hooks, net, same_state, state
-from fastdistill import callback
+from fastdistill import objective
 from fastdistill.all import *
 from test_callback import exportable
 
@@ -21,7 +21,7 @@ class Seen(Callback):
     order = 50
     def before_fit(self): self.lrs,self.start = [],None
     def before_backward(self):
-        if self.start is None: self.start = deepcopy(self.model),deepcopy(self.knowledge_distillation._trained.losses)
+        if self.start is None: self.start = deepcopy(self.model),deepcopy(self.knowledge_distillation.trained.losses)
     def before_step(self): self.lrs.append(self.opt.hypers[-1]['lr'])
 
 def fitnet(teacher, **kwargs): return KD(teacher, FitNet, stages, stages, **kwargs)
@@ -62,14 +62,14 @@ def test_equals_a_plain_loop(teacher, fit, cbs, kw):
     started = [p.clone() for p in seen.start[1].parameters()]     # by_hand trains the copies in place
     student,losses = by_hand(*seen.start, deepcopy(teacher).eval(), list(dls.train), seen.lrs, **kw)
     assert len(started) == 6 and all(not torch.equal(p, q) for p,q in zip(started, losses.parameters(), strict=True))
-    for got,want in ((learn.model,student), (kd._trained.losses,losses)):
+    for got,want in ((learn.model,student), (kd.trained.losses,losses)):
         for (k,p),q in zip(got.named_parameters(), want.parameters(), strict=True): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=k)
 
 def test_variance_trains(teacher):
     kd = KD(teacher, VID, stages, stages)
     learn = learner(cbs=kd)
     learn.fit(2, 1e-2)
-    for l in kd._trained.losses[0]: assert (l.variance - 5).abs().max() > 1e-3
+    for l in kd.trained.losses[0]: assert (l.variance - 5).abs().max() > 1e-3
     assert learn.recorder.values[1][-1] < learn.recorder.values[0][-1]
 
 def test_a_loss_of_ones_own_with_parameters(teacher):
@@ -79,7 +79,7 @@ def test_a_loss_of_ones_own_with_parameters(teacher):
     mine = Scaled()
     kd = KD(teacher, [mine, Match(nn.MSELoss(), '0', '1', projector=True)])
     learner(cbs=kd).fit(1, 1e-2)
-    trained = kd._trained.losses
+    trained = kd.trained.losses
     assert torch.equal(mine.scale, torch.ones(3)) and not torch.equal(trained[0][0].scale, mine.scale)
     assert trained[1][0].projector[0].weight.shape == (16,4,1,1)
 
@@ -90,7 +90,7 @@ def test_a_frozen_network_in_a_loss_is_not_copied(teacher):
         def forward(self, s, t): return F.mse_loss(self.net(s), self.net(t))
     kd = KD(teacher, Perceptual)
     learner(cbs=kd).fit(1)
-    assert kd.matches[0].loss.net is frozen and not kd._trained.params
+    assert kd.matches[0].loss.net is frozen and not kd.trained.params
 
 @pytest.mark.parametrize('opt_func', [Adam, SGD, ranger, partial(OptimWrapper, opt=torch.optim.AdamW), partial(OptimWrapper, opt=torch.optim.SGD)])
 def test_optimizer_is_the_students_between_batches(teacher, opt_func, tmp_path):
@@ -103,11 +103,11 @@ def test_optimizer_is_the_students_between_batches(teacher, opt_func, tmp_path):
     kd = fitnet(teacher)
     learn = learner(path=tmp_path, opt_func=opt_func, cbs=[kd,Groups()])
     learn.fit_one_cycle(3, 1e-2, cbs=SaveModelCallback(every_epoch=True, with_opt=True))
-    first = [p.clone() for p in kd._trained.params]
+    first = [p.clone() for p in kd.trained.params]
     learn.fit(3, 1e-2)
     n = len(list(learn.model.parameters()))
     assert {o for o in seen if o[0]=='step'} == {('step',n+6,n+6)} and {o for o in seen if o[0]=='between'} == {('between',n,n)}
-    assert all(not torch.equal(a, b) for a,b in zip(first, kd._trained.params))
+    assert all(not torch.equal(a, b) for a,b in zip(first, kd.trained.params))
     other = learner(path=tmp_path, opt_func=opt_func)
     other.load('model_2', weights_only=False).fit(1)
     slow = getattr(learn.opt, 'slow_weights', None)
@@ -118,7 +118,7 @@ def test_weight_decay(teacher, wd_bn_bias):
     "With weight 0 there is decay alone: of the convolutions by 1-lr*wd at each of six steps, of norms only where the learner wants it"
     seen,kd = Seen(),fitnet(teacher, weight=0)
     learner(opt_func=sgd, wd=0.1, wd_bn_bias=wd_bn_bias, cbs=[kd,seen]).fit(2, 0.5)
-    for (name,p),q in zip(kd._trained.losses.named_parameters(), seen.start[1].parameters(), strict=True):
+    for (name,p),q in zip(kd.trained.losses.named_parameters(), seen.start[1].parameters(), strict=True):
         torch.testing.assert_close(p, q*0.95**6 if p.ndim > 1 or wd_bn_bias else q, msg=name)
 
 def test_last_group_of_discriminative_rates(teacher):
@@ -139,7 +139,7 @@ def test_a_skipped_step_skips_the_projectors(teacher, order):
     cb.order = order
     learn = learner(cbs=[kd,seen])
     learn.fit(1, 1e-1, cbs=cb)
-    for a,b in zip(kd._trained.losses.parameters(), seen.start[1].parameters()): assert torch.equal(a, b) and not a.grad.any()
+    for a,b in zip(kd.trained.losses.parameters(), seen.start[1].parameters()): assert torch.equal(a, b) and not a.grad.any()
 
 @pytest.mark.parametrize('opt_func', [Adam, partial(OptimWrapper, opt=torch.optim.Adam)])
 def test_resumed_equals_uninterrupted(teacher, opt_func, tmp_path):
@@ -157,7 +157,7 @@ def test_resumed_equals_uninterrupted(teacher, opt_func, tmp_path):
     kd2 = KD(teacher, [Match(FitNet, '0', '0'), Match(VID, '1', '1')])
     kd2.load(tmp_path/'kd.pth')
     two.fit_one_cycle(4, 1e-2, start_epoch=2, cbs=kd2)
-    assert same_state(two.model, state(one.model)) and same_state(kd2._trained.losses, state(kd._trained.losses))
+    assert same_state(two.model, state(one.model)) and same_state(kd2.trained.losses, state(kd.trained.losses))
 
 def test_saving_and_loading_say_what_is_missing(teacher, tmp_path):
     kd = fitnet(teacher)
@@ -182,29 +182,29 @@ def test_what_leaves_holds_no_projector(teacher, tmp_path):
     assert sizes['kd'] - sizes['alone'] < 3000 and sizes['kd','opt'] == sizes['alone','opt']
     assert b'fastdistill' not in (tmp_path/'kd.pkl').read_bytes()
     kd = pickle.loads(pickle.dumps(deepcopy(learn.knowledge_distillation)))
-    assert kd._trained is None and kd._saved is None
+    assert kd.trained.losses is None and kd.trained.saved is None
 
 def test_lr_find_leaves_the_projectors(teacher):
     kd = fitnet(teacher)
     learn = learner(cbs=kd)
     learn.lr_find(num_it=8, show_plot=False)
-    assert kd._trained is None
+    assert kd.trained.losses is None
     learn.fit(1)
-    before,trained = state(kd._trained.losses),kd._trained
+    before,trained = state(kd.trained.losses),kd.trained
     learn.lr_find(num_it=8, show_plot=False)
-    assert kd._trained is trained and same_state(trained.losses, before)
+    assert kd.trained is trained and same_state(trained.losses, before)
     learn.fit(1)
     assert not same_state(trained.losses, before)
 
 def test_projectors_belong_to_a_student_and_a_teacher(teacher):
     kd,learn = fitnet(teacher),learner()
-    learn.fit(1, cbs=kd); first = kd._trained
-    learn.fit(1, cbs=kd); assert kd._trained is first
-    learner().fit(1, cbs=kd); second = kd._trained
+    learn.fit(1, cbs=kd); first = kd.trained
+    learn.fit(1, cbs=kd); assert kd.trained is first
+    learner().fit(1, cbs=kd); second = kd.trained
     assert second is not first
     kd.teacher = net(16)
     learn.fit(1, cbs=kd)
-    assert kd._trained.losses[0][0].projector[0].weight.shape == (16,4,1,1)
+    assert kd.trained.losses[0][0].projector[0].weight.shape == (16,4,1,1)
 
 @pytest.mark.parametrize('ex', [KeyboardInterrupt, RuntimeError('somebody else')])
 @pytest.mark.parametrize('event', ['after_backward','after_step'])
@@ -259,8 +259,8 @@ def test_projectors_are_float32_whatever_the_features():
 # --- a Match is no loss ---
 
 def loaded_anew():
-    "The module of the callback a second time, as a reload makes it"
-    spec = importlib.util.spec_from_file_location(callback.__name__, callback.__file__)
+    "The module of `Match` a second time, as a reload makes it"
+    spec = importlib.util.spec_from_file_location(objective.__name__, objective.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -272,4 +272,4 @@ def test_a_match_in_a_match_is_refused():
 def test_a_match_from_before_a_reload_is_refused(teacher):
     for m in (Match(F.mse_loss, '0', '0'), type('Mine', (Match,), {})(F.mse_loss, '0', '0')):
         with pytest.raises(TypeError, match='before fastdistill was reloaded has to be made again'):
-            loaded_anew().KnowledgeDistillationCallback(teacher, m)
+            loaded_anew().Objective(m)

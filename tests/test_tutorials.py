@@ -55,7 +55,7 @@ def test_pets(home, monkeypatch):
 def test_mnist(home):
     for split,n in ('training',14),('testing',3):
         for i in range(10*n): save(home/'mnist_png'/split/f'{i%10}'/f'{i}.png', 28, 'L')
-    check(run('mnist', {'cnn(a, b), loss':'cnn(a//8, b//8), loss'}), 7, 'accuracy')
+    check(run('mnist', {'net = cnn(a, b)':'net = cnn(a//8, b//8)'}), 7, 'accuracy')
 
 def test_beans(home, monkeypatch):
     class Split(list): features = dict(labels=SimpleNamespace(names=['angular_leaf_spot','bean_rust','healthy']))

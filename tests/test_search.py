@@ -1,0 +1,101 @@
+"A weight and a temperature by short fits, judged by a metric."
+import random
+from copy import deepcopy
+import numpy as np, pandas as pd, pytest, torch
+from fastai.basics import Callback, Learner, set_seed
+from torch import nn
+from torch.nn import functional as F
+from conftest import data, learner, loaders, net
+from test_applications import language_dls, text_learner, texts
+from fastdistill.all import *
+from fastdistill.check import weak_teacher
+from fastdistill.measure import comp_for
+from fastdistill.search import WeightSearch
+
+def new(trained): return learner(net(4), trained.dls)
+
+def test_weight_finder_against_fits_by_hand(trained):
+    "Each row is what a fit of a fresh copy ends with"
+    set_seed(0)
+    model = net(4)
+    learn = learner(deepcopy(model), data(64, 16))
+    found = learn.weight_finder(KnowledgeDistillationCallback(trained, SoftTarget), weights=[0.8], temperatures=[2], n_epoch=2, lr=1e-2, seeds=2)
+    assert found.table.weight.tolist() == [0,0,.8,.8] and found.table.seed.tolist() == [0,1,0,1]
+    for row in found.table.itertuples():
+        other = learner(deepcopy(model), data(64, 16))
+        for dl in other.dls.loaders: dl.rng = random.Random(row.seed)
+        set_seed(row.seed)
+        other.fit_one_cycle(2, 1e-2, cbs=KnowledgeDistillationCallback(trained, SoftTarget(T=2), weight=0.8) if row.weight else [])
+        assert list(other.recorder.values[-1][1:3]) == pytest.approx([row.valid_loss, row.accuracy], abs=1e-6)
+    assert len(found.means) == 2 and set(found.means) == {'weight','T','mean','std'}
+
+def test_weight_finder_gives_each_fit_the_same_texts(texts):
+    from fastai.text.all import language_model_learner
+    dls,seen = language_dls(texts),[]
+    learn,teacher = (text_learner(language_model_learner, dls, n) for n in (6,12))
+    learn.add_cb(Callback(before_batch=lambda self: seen.append(self.xb[0].tolist()) if self.training else None))
+    with learn.no_bar(): learn.weight_finder(KnowledgeDistillationCallback(teacher, SoftTarget(axis=-1)), weights=[0.5,0.9])
+    n = len(dls.train)
+    assert len(seen) == 3*n and seen[:n] == seen[n:2*n] == seen[2*n:]
+
+def test_weight_finder_suggests_the_best(trained):
+    def search(monitor, *values): return WeightSearch(pd.DataFrame([{'weight':w, 'T':t, 'seed':s, monitor:v} for w,t,s,v in values]), monitor)
+    rows = (0.,None,0,.6),(0.,None,1,.8),(.3,1,0,.5),(.3,1,1,.7),(.3,4,0,.9),(.3,4,1,.8)
+    assert search('accuracy', *rows).suggestion == dict(weight=.3, T=4)
+    assert search('error_rate', *rows).suggestion == dict(weight=.3, T=1)
+    alone = search('accuracy', *rows[:4])
+    assert alone.suggestion == dict(weight=0) and 'No weight is better' in repr(alone) and '2 seeds' in alone._repr_html_()
+    assert len(search('accuracy', *rows).plot().lines) == 2*2+1
+
+def test_less_is_better_for_some_metrics():
+    "Each of fastai's metrics is judged the right way; where a name does not tell, `valid_loss` decides or the user says"
+    from fastai import metrics as M
+    less = {'_rmse','_exp_rmspe','perplexity','error_rate','brier_score_loss','hamming_loss','mse','mae','msle'}
+    made = [M.rmse, M.exp_rmspe, M.Perplexity(), M.accuracy, M.error_rate, M.top_k_accuracy, M.BrierScore(), M.F1Score(), M.HammingLoss(), M.RocAuc(), M.MatthewsCorrCoef(), M.mse, M.mae,
+            M.msle, M.ExplainedVariance(), M.R2Score(), M.PearsonCorrCoef(), M.SpearmanCorrCoef(), M.foreground_acc, M.Dice(), M.DiceMulti(), M.JaccardCoeff(), M.CorpusBLEUMetric()]
+    names = Learner(data(), net(), loss_func=F.cross_entropy, metrics=made).metrics.attrgot('name')
+    assert less <= set(names) and len(names) == 23
+    for name in names:
+        assert comp_for(name) is (np.less if name in less else np.greater), name
+        found = WeightSearch(pd.DataFrame({'weight':[0.,.3,.6], 'seed':0, name:[2.,1.,3.]}), name)
+        assert found.suggestion == dict(weight=.3 if name in less else .6), name
+        def check(teacher, student): return weak_teacher(pd.DataFrame({'valid_loss':[1.,1.], name:[teacher,student]}, index=['teacher','student']), (0,0,0))
+        assert bool(check(2., 1.)) == (name in less) == (not check(1., 2.)), name
+
+def regression():
+    "A sound teacher of a sum, data, and a metric: the mean absolute error under a name"
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    items = list(zip(x, x.sum(1, keepdim=True)))
+    teacher = nn.Linear(4, 1, bias=False)
+    nn.init.ones_(teacher.weight)
+    def student(metric): return Learner(loaders(items, items, 16), nn.Linear(4, 1), loss_func=nn.MSELoss(), metrics=metric)
+    return teacher,student
+
+def deviation(pred, y): return (pred - y).abs().mean()
+
+@pytest.mark.parametrize('metric,kw,monitor', [('mae', {}, 'mae'), ('rmse', {}, '_rmse'), (deviation, {}, 'valid_loss'), (deviation, dict(comp=np.less), 'deviation')])
+def test_metrics_where_less_is_better(metric, kw, monitor):
+    from fastai import metrics as M
+    teacher,student = regression()
+    learn,kd = student(getattr(M, metric) if isinstance(metric, str) else metric),KnowledgeDistillationCallback(teacher, nn.MSELoss())
+    with learn.no_bar():
+        assert not any('better than the teacher' in w for w in learn.distill_check(kd, n=1, **kw).warnings)
+        found = learn.weight_finder(kd, weights=[0.5,1.], lr=0.1, **kw)
+    assert found.monitor == monitor
+    assert found.suggestion['weight'] == found.table.weight[found.table[monitor].argmin()]
+    if not kw and callable(metric):
+        with pytest.raises(ValueError, match="comp=np.less or comp=np.greater: the name 'deviation'"): learn.weight_finder(kd, monitor='deviation')
+
+def test_comp_says_which_student_is_better():
+    teacher,student = regression()
+    learn,kd = student(deviation),KnowledgeDistillationCallback(nn.Linear(4, 1), nn.MSELoss())
+    nn.init.ones_(learn.model.weight), nn.init.zeros_(learn.model.bias)
+    with learn.no_bar():
+        assert any('valid_loss' in w for w in learn.distill_check(kd, n=1).warnings)
+        assert any('already better than the teacher (deviation' in w for w in learn.distill_check(kd, n=1, comp=np.less).warnings)
+        assert not any('better than the teacher' in w for w in learn.distill_check(kd, n=1, comp=np.greater).warnings)
+
+def test_weight_finder_mistakes(trained):
+    learn,kd = new(trained),KnowledgeDistillationCallback(trained, Logits)
+    with pytest.raises(ValueError, match='no temperature'): learn.weight_finder(kd, temperatures=[2])
+    with pytest.raises(ValueError, match="one of train_loss, valid_loss, accuracy, but got 'f1'"): learn.weight_finder(kd, monitor='f1')
