@@ -46,7 +46,8 @@ graph = {name:imports(name, tree) for name,tree in modules.items()}
 hand_written = folders | {'all','__main__'}
 
 def test_every_module_has_its_floor():
-    assert set(floors()) == set(modules) - folders, 'CONTRIBUTING.md lists each module, and no other'
+    assert not set(floors()) ^ (set(modules) - folders), 'CONTRIBUTING.md lists each module, and no other'
+    assert {folder(name) for name in modules} <= folders, 'a folder without __init__.py is not installed'
 
 def test_imports_go_down_the_floors():
     "A module imports from lower floors and, within its folder, from the rows above it. A folder stands for all that it has."
@@ -121,3 +122,11 @@ def test_all_has_what_a_user_types():
         assert o.__module__.startswith('fastdistill.') and getattr(importlib.import_module(o.__module__), n) is o
         page,_ = d['syms'][o.__module__][f'{o.__module__}.{n}']     # nbdev documents it there
         assert f"nbs/{page.partition('.html')[0]}.ipynb" in pages and o.__doc__, f'{n} is on no page, or has no docstring'
+
+@pytest.mark.parametrize('file', sorted(p.name for p in (root/'benchmarks').glob('*.py')))
+def test_benchmarks_import_what_exists(file):
+    "They run for minutes to hours, so that nobody runs them after each change"
+    for n in ast.walk(ast.parse((root/'benchmarks'/file).read_text(encoding='utf-8'))):
+        if not isinstance(n, ast.ImportFrom) or not (n.module or '').startswith('fastdistill'): continue
+        module = importlib.import_module(n.module)
+        assert not [a.name for a in n.names if a.name != '*' and not hasattr(module, a.name)], f'in {n.module}'
