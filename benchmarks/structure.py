@@ -123,9 +123,9 @@ def tables(root):
     "Each table as (title, columns, rows)"
     sources,pages = modules(root),code_cells(root)
     parts = classes(sources.values())
-    return [class_table(parts), name_table(f'Private attributes of {CALLBACK}', private(*parts[CALLBACK])), cell_table(pages),
-            module_table(sources), name_table('Names in fastdistill.all', names_in_all(root)), line_table(sources, pages),
-            assertion_table(pages)]
+    hidden = name_table(f'Private attributes of {CALLBACK}', private(*parts[CALLBACK]))
+    public = name_table('Names in fastdistill.all', names_in_all(root))
+    return [class_table(parts), hidden, cell_table(pages), module_table(sources), public, line_table(sources, pages), assertion_table(pages)]
 
 def show(title, columns, rows, markdown):
     rows = [columns, *([str(v) for v in r] for r in rows)]
