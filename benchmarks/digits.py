@@ -7,7 +7,7 @@ Made on another random split (split=1) than the demonstration of the `fastdistil
 import sys
 from pathlib import Path
 import pandas as pd
-from fastdistill.callback import Match
+from fastdistill.objective import Match
 from fastdistill.experiment import distill_digits
 from fastdistill.losses import Attention, SoftTarget
 

@@ -6,7 +6,7 @@
 __all__ = ['digits_methods', 'print_once', 'start_processes', 'train_teacher', 'with_teacher', 'train_students', 'distill_digits',
            'plot_results', 'write_results']
 
-# %% ../nbs/experiment.ipynb #1cc99f74
+# %% ../nbs/experiment.ipynb #3ad38306
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -17,11 +17,13 @@ import torch
 from fastai.basics import Learner, set_seed, tensor
 from fastai.callback.all import *
 from fastai.torch_core import num_distrib, rank_distrib
-from .callback import KnowledgeDistillationCallback, Match
+from .callback import KnowledgeDistillationCallback
 from .compare import compare
 from .digits import digits_learner
 from .interpret import DistillationInterpretation
-from .losses import Attention, SoftTarget
+from .losses.features import Attention
+from .losses.predictions import SoftTarget
+from .objective import Match
 from .plots import no_formulas
 from .report import write_report
 

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['image_losses', 'image_dls', 'plain_model', 'image_teacher', 'image_loss', 'distill_images']
 
-# %% ../nbs/images.ipynb #106e50d7
+# %% ../nbs/images.ipynb #06fe16c5
 import inspect
 from difflib import get_close_matches
 from pathlib import Path
 from fastai.basics import DataLoaders, Learner, accuracy, load_model
 from torch import nn
-from .callback import KnowledgeDistillationCallback, Match
-from .check import untouched
+from .callback import KnowledgeDistillationCallback
 from .experiment import train_students, train_teacher, with_teacher
-from .losses import (DIST, PKT, RKD, VID, ActivationBoundaries, Attention, ChannelWise, Cosine,
-                                DecoupledKD, FitNet, HardTarget, Logits, NormalizedKD, Similarity, SoftTarget)
+from .losses.base import registered_losses
+from .objective import Match
+from .untouched import untouched
 
 # %% ../nbs/images.ipynb #ceb0099c
 def image_dls(
@@ -133,10 +133,8 @@ def _brief(e):
     lines = [l.strip() for l in lines if l.strip() and not l.startswith('Exception occured in')]
     return lines[0] if lines else type(e).__name__
 
-# %% ../nbs/images.ipynb #e1e5f1e7
-_losses = (SoftTarget, Logits, HardTarget, DecoupledKD, NormalizedKD, DIST, Attention, FitNet, Cosine,
-           ActivationBoundaries, VID, ChannelWise, Similarity, RKD, PKT)
-image_losses = {c.__name__:c for c in _losses}
+# %% ../nbs/images.ipynb #63307d65
+image_losses = {name:c for name,c in registered_losses.items() if c.single_label is not False}
 
 def image_loss(
     name:str='SoftTarget', # One of `image_losses`
@@ -149,8 +147,7 @@ def image_loss(
     loss,kw = image_losses[name],{} if temperature is None else dict(T=temperature)
     if kw and 'T' not in inspect.signature(loss).parameters:
         raise ValueError(f'{name} has no temperature, but got {temperature}')
-    projector = loss in (Cosine,ActivationBoundaries,ChannelWise)
-    return Match(loss(**kw), student_layers, teacher_layers, projector=projector)
+    return Match(loss(**kw), student_layers, teacher_layers, projector=loss.same_channels)
 
 # %% ../nbs/images.ipynb #0ea87629
 def _try_step(learn, what, cbs=()):

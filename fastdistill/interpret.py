@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DistillationInterpretation']
 
-# %% ../nbs/interpret.ipynb #ad2c9132
+# %% ../nbs/interpret.ipynb #3ee8367d
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -16,12 +16,14 @@ from fastai.learner import Learner
 from fastai.torch_core import one_param, to_device
 from fastcore.basics import listify, patch
 from torch import Tensor
-from .check import TeacherModule, untouched
+from .data import ignored_label
 from .items import answer_items, decode_items, in_order, split_batch
 from .layers import FeatureHooks
-from .losses import Attention
+from .losses.features import Attention
+from .measure import TeacherModule
 from .plots import no_formulas, plot_bars, plot_counts, show_item
-from .teacher import as_teacher, ignored_label
+from .teacher import as_teacher
+from .untouched import untouched
 
 # %% ../nbs/interpret.ipynb #0a70f17f
 class DistillationInterpretation(ClassificationInterpretation):

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['in_order', 'split_batch', 'decode_items', 'clone_inputs', 'answer_items']
 
-# %% ../nbs/items.ipynb #3e0e9ec1
+# %% ../nbs/items.ipynb #0066fcdd
 from contextlib import ExitStack
 import torch
 from fastai.torch_core import apply, no_random, one_param, to_device
 from torch import Tensor
 from torch.utils.data import DataLoader as TorchDL, RandomSampler
-from .check import untouched
-from .teacher import get_logits, one_class_each
+from .data import get_logits, one_class_each
+from .untouched import untouched
 
 # %% ../nbs/items.ipynb #ba6ec9c5
 def in_order(

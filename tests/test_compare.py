@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchDL
 from conftest import data, learner, loaders, net
-from fastdistill.compare import agreement, calibration_error, compare
-from test_check import everything, same
+from fastdistill.compare import compare
+from fastdistill.measure import agreement, calibration_error
+from test_untouched import everything, same
 
 @pytest.fixture(scope='module')
 def learners():

@@ -3,7 +3,7 @@ import sys
 import numpy as np, pytest, torch
 from PIL import Image
 from fastdistill.images import distill_images, image_dls, image_loss, image_losses, image_teacher, plain_model
-from fastdistill.losses import Projected
+from fastdistill.losses.features import Projected
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
