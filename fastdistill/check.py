@@ -81,12 +81,13 @@ class _FirstBatch(Callback):
         self.norms = rows[0]['gradient norm'],norm(sum(terms))     # of task and distillation, without weights
         self.terms = _table(rows)
 
-# %% ../nbs/check.ipynb #fac77ebd
+# %% ../nbs/check.ipynb #9674ad66
 def _figures(model, call, xb, n): return {**model_size(model), 'ms for a batch':np.median(time_forward(call, xb, n))}
 
 def _compare_models(learn, teacher, xb, dl, n):
     "Table of size, time and metrics of both; the teacher's right predictions, of how many items, of how many classes"
-    dl,rows,right = learn.dls.valid if dl is None else dl,dict(teacher={}, student={}),(0,0,0)
+    if dl is None: dl = learn.dls.valid
+    rows,right = dict(teacher={}, student={}),(0,0,0)
     names = ['valid_loss',*learn.metrics.attrgot('name')]
     kds = [cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)]
     with untouched(learn, dl), learn.no_bar(), learn.removed_cbs(kds):
@@ -98,8 +99,8 @@ def _compare_models(learn, teacher, xb, dl, n):
             values,right = validate_teacher(learn, teacher, dl)
             rows['teacher'].update(zip(names, values))
     table = pd.DataFrame(rows).T
-    ratio = (table.loc['teacher']/table.loc['student']).where(table.columns.isin(['parameters','MB','ms for a batch']))
-    table.loc['teacher / student'] = ratio
+    costs = table.columns.isin(['parameters','MB','ms for a batch'])
+    table.loc['teacher / student'] = (table.loc['teacher']/table.loc['student']).where(costs)
     return table,right
 
 # %% ../nbs/check.ipynb #ac122703
@@ -207,7 +208,7 @@ class DistillCheck:
         tables = [f'<p>{k}</p>{t.to_html()}' for k,t in self._tables().items()]
         return ''.join(tables + [f'<p>{escape(t)}</p>' for t in self._texts()])
 
-# %% ../nbs/check.ipynb #3486319a
+# %% ../nbs/check.ipynb #a15d0906
 def callback_of(
     learn:Learner, # Any learner
     kd=None, # The callback to use
@@ -225,7 +226,7 @@ def distill_check(self:Learner,
     n:int=10, # Forward passes to time
     comp=None, # For metrics whose names do not tell: `np.less` where less is better, else `np.greater`
 ) -> DistillCheck: # Shows itself as tables
-    "Look at teacher, data, layers and weights before a fit, which is not done; raises what the fit would raise"
+    "Look at teacher, data, layers and weights before a fit; raises what the fit would raise"
     kd = callback_of(self, kd)
     first,added = _FirstBatch(kd),[] if any(cb is kd for cb in self.cbs) else [kd]
     with untouched(self, kd, dl), self.no_bar(): self.fit(1, cbs=[first, *added])
