@@ -27,8 +27,10 @@ def parse():
     p.add_argument('--memory_of', help=argparse.SUPPRESS)
     return p.parse_args()
 
-on_logits = [SoftTarget(), SoftTarget(standardize=True), Logits(), HardTarget(), DecoupledKD(), NormalizedKD(), DIST(), MultiLabelSoftTarget()]
-on_stages = [Attention(), FitNet(), Cosine(), ActivationBoundaries(), VID(), ChannelWise(), Similarity(), RKD(angle=0), RKD(), PKT()]
+variants = {SoftTarget:[SoftTarget(), SoftTarget(standardize=True)], RKD:[RKD(angle=0), RKD()], TeacherBounded:[]}     # which takes values, no logits
+every = [loss for cls in registered_losses.values() for loss in variants.get(cls, [cls()])]
+on_logits = [loss for loss in every if loss_needs(loss).on_features is False]
+on_stages = [loss for loss in every if loss_needs(loss).on_features is not False]
 projected = [FitNet(), Projected(ChannelWise())]
 
 def passes(args):
@@ -39,12 +41,16 @@ def passes(args):
         model,x = models.resnet18(num_classes=args.classes).to(args.device),randn(args.batch, 3, args.size, args.size)
         return lambda: F.cross_entropy(model(x), y).backward()
     def of(losses, pairs, *targ):
-        losses = [loss.build(s.detach(), t) if hasattr(loss, 'build') else loss for loss,(s,t) in zip(losses, pairs)]
+        losses = [loss.build(s.detach(), t) if loss_needs(loss).builds else loss for loss,(s,t) in zip(losses, pairs)]
         def one():
             for s,_ in pairs: s.grad = None
             sum(loss(s, t, *targ) for loss,(s,t) in zip(losses, pairs)).backward()
         return one
-    def logits(loss): return lambda: of([loss], [(randn(args.batch, args.classes).requires_grad_(),randn(args.batch, args.classes))], *[y]*getattr(loss, 'needs_targ', False))
+    def logits(loss):
+        def new():
+            s,t = randn(args.batch, args.classes).requires_grad_(),randn(args.batch, args.classes)
+            return of([loss], [(s,t)], *[y]*loss_needs(loss).needs_targ)
+        return new
     def stages(loss, times=1):
         def new():
             sizes = [(64*2**i, -(-args.size//(4*2**i))) for i in range(4)]

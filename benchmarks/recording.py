@@ -1,15 +1,16 @@
 """What a recorded teacher costs: a student's epoch with it, the making of it, the opening of a large one.
 
-    python benchmarks/recording.py [--rounds 5]        # ResNet34 -> ResNet18, 64 px, batch 64, random crops and augmentation; writes benchmarks/recording.csv
+    python benchmarks/recording.py [--rounds 5]        # writes benchmarks/recording.csv
 
-Each round runs an epoch of every row, in rotating order, on made images; a ratio is taken within its round. Loading takes place in the process that trains.
+ResNet34 -> ResNet18, 64 px, batch 64, random crops and augmentation, on images of noise. Each round runs an epoch of
+every row, in rotating order; a ratio is taken within its round. Images are loaded in the process that trains.
 """
 import argparse, subprocess, sys, tempfile
 from functools import partial
 from pathlib import Path
 from fastai.vision.all import *
 from fastdistill.all import *
-from fastdistill.recording import _Files
+from fastdistill.recording.files import Files
 from timing import machine, time_rounds
 from torchvision import models
 
@@ -24,12 +25,15 @@ def parse():
 def make_dls(args):
     n = args.batch*args.batches
     pixels = np.random.default_rng(0).integers(0, 256, (n+1,80,80,3), dtype=np.uint8)
-    return DataBlock((ImageBlock,CategoryBlock(vocab=list(range(10)))), get_items=lambda _: list(range(n+1)), get_x=lambda i: pixels[i], get_y=lambda i: i%10,
-                     splitter=IndexSplitter([n]), item_tfms=RandomResizedCrop(64), batch_tfms=aug_transforms()).dataloaders(None, bs=args.batch, num_workers=0)
+    block = DataBlock((ImageBlock,CategoryBlock(vocab=list(range(10)))), get_items=lambda _: list(range(n+1)),
+                      get_x=lambda i: pixels[i], get_y=lambda i: i%10, splitter=IndexSplitter([n]),
+                      item_tfms=RandomResizedCrop(64), batch_tfms=aug_transforms())
+    return block.dataloaders(None, bs=args.batch, num_workers=0)
 
 def epoch(dls, teacher=None):
     "Function that trains a student for an epoch, without validation"
-    learn = Learner(dls, models.resnet18(num_classes=10), cbs=None if teacher is None else KnowledgeDistillationCallback(teacher, SoftTarget))
+    cbs = None if teacher is None else KnowledgeDistillationCallback(teacher, SoftTarget)
+    learn = Learner(dls, models.resnet18(num_classes=10), cbs=cbs)
     learn.remove_cb(ProgressCallback)
     learn.logger = lambda *_: None
     learn._do_epoch_validate = lambda *_: None
@@ -45,21 +49,24 @@ def rows(args, folder):
         teacher.eval()
         for _ in range(args.epochs):
             for x,_ in dls.train: teacher(x)
+    def record(path): return record_teacher(teacher, dls, path, n_epoch=args.epochs)
     folders = (folder/str(i) for i in range(10**6))
-    return {'student alone': epoch(dls), 'student and teacher': epoch(dls, teacher), 'student and recorded teacher': epoch(dls, record_teacher(teacher, dls, folder/'rec', n_epoch=args.epochs)),
-            'loading': load, 'loading and teacher forward': forward, 'recording': lambda: record_teacher(teacher, dls, next(folders), n_epoch=args.epochs)}
+    return {'student alone': epoch(dls), 'student and teacher': epoch(dls, teacher),
+            'student and recorded teacher': epoch(dls, record(folder/'rec')),
+            'loading': load, 'loading and teacher forward': forward, 'recording': lambda: record(next(folders))}
 
 def open_large(folder):
     "Seconds and megabytes that a million answers of a thousand classes take to be opened, in a process of its own"
     rec = TeacherRecording(folder/'rec')
-    _Files.create(folder/'large.part', {**rec.header, 'rows':1_000_000, 'shape':[1000]}).finish(folder/'large')
+    Files.create(folder/'large', {**rec.header, 'rows':1_000_000, 'shape':[1000]}).finish()
     code = f"""
 import resource, time
 from fastdistill.recording import TeacherRecording
 before,start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,time.perf_counter()
 TeacherRecording({str(folder/'large')!r})
 print(time.perf_counter()-start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)/1024)"""
-    return map(float, subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.split())
+    python = [sys.executable, '-W', 'ignore', '-c', code]
+    return map(float, subprocess.run(python, capture_output=True, text=True, check=True).stdout.split())
 
 def main():
     args = parse()
@@ -68,11 +75,15 @@ def main():
         seconds,mb = open_large(Path(folder))
     res = []
     for row in times:
-        over,n = ('student alone',args.batches) if 'student' in row else ('loading and teacher forward',args.batches*args.epochs)
+        one_epoch = 'student' in row
+        over = 'student alone' if one_epoch else 'loading and teacher forward'
+        n = args.batches if one_epoch else args.batches*args.epochs
         ratio = times[row]/times[over]
-        res.append(dict(row=row, ms_per_batch=1e3*times[row].median()/n, ratio_to=over, ratio=ratio.median(), min=ratio.min(), max=ratio.max()))
+        res.append(dict(row=row, ms_per_batch=1e3*times[row].median()/n, ratio_to=over,
+                        ratio=ratio.median(), min=ratio.min(), max=ratio.max()))
     table = pd.DataFrame(res).round(3)
-    print(f'ResNet34 -> ResNet18, 64 px, batch {args.batch}, {args.batches} batches an epoch, {args.epochs} epochs recorded, {machine("cpu")}; medians of {args.rounds} rounds')
+    print(f'ResNet34 -> ResNet18, 64 px, batch {args.batch}, {args.batches} batches an epoch, '
+          f'{args.epochs} epochs recorded, {machine("cpu")}; medians of {args.rounds} rounds')
     print(table.to_string(index=False))
     print(f'A million answers of a thousand classes, 2 GB: opened in {1e3*seconds:.1f} ms, {mb:.1f} MB more of memory')
     table.assign(machine=machine('cpu'), rounds=args.rounds).to_csv(Path(__file__).with_suffix('.csv'), index=False)

@@ -10,7 +10,7 @@ What is counted:
 - Exported cell: a cell with `#| export`. All its lines count, except directives (lines that start with `#|`).
 - Shown cell: a code cell that the site shows (no `export`, `hide`, `default_exp`, `include: false`, `echo: false`).
 - Assertions: `assert` and calls of `test_...`, in cells that are not exported; hidden cells count too.
-- Long lines: all lines of modules, blank ones too; lines of shown cells, except directives.
+- Long lines: all lines of modules, except the `__all__` that nbdev writes; lines of shown cells, except directives.
 """
 import argparse, ast, json, os, re, subprocess, sys, textwrap
 from collections import Counter, defaultdict
@@ -38,6 +38,10 @@ def is_exported(directives): return any(re.match(r'#\|\s*export', d) for d in di
 def is_shown(directives):
     hidden = r'#\|\s*(export|hide\b|default_exp|(include|echo):\s*false)'
     return not any(re.match(hidden, d) for d in directives)
+
+def own_lines(source):
+    "Lines of a module; those of nbdev's `__all__` are empty"
+    return re.sub(r'^__all__ = \[[^\]]*\]', lambda m: '\n'*m[0].count('\n'), source, flags=re.M).splitlines()
 
 def n_lines(node): return node.end_lineno - min([node.lineno, *(d.lineno for d in node.decorator_list)]) + 1
 
@@ -75,7 +79,7 @@ def names_in_all(root):
     "What `from fastdistill.all import *` brings"
     code = 'ns = {}; exec("from fastdistill.all import *", ns); print(*sorted(n for n in ns if n[0]!="_"))'
     cmd,env = [sys.executable, '-W', 'ignore', '-c', code],{**os.environ, 'PYTHONPATH':str(root)}
-    return subprocess.run(cmd, cwd=root, env=env, capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.run(cmd, cwd=root, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
 
 def largest(rows, by=1, n=10): return sorted(rows, key=lambda row: row[by], reverse=True)[:n]
 
@@ -99,7 +103,7 @@ def module_table(sources):
     return f'Modules over 250 lines, of {len(rows)}',['module','lines','of code'],large
 
 def line_table(sources, pages):
-    modules = [l for s in sources.values() for l in s.splitlines()]
+    modules = [l for s in sources.values() for l in own_lines(s)]
     shown = [l for cs in pages.values() for directives,ls in cs if is_shown(directives) for l in ls]
     def row(where, lines, width, n): return f'over {width} in {where}',n,len(lines),f'{n/len(lines):.1%}'
     rows = [row(where, ls, w, sum(len(l)>w for l in ls))
@@ -123,9 +127,10 @@ def tables(root):
     "Each table as (title, columns, rows)"
     sources,pages = modules(root),code_cells(root)
     parts = classes(sources.values())
-    return [class_table(parts), name_table(f'Private attributes of {CALLBACK}', private(*parts[CALLBACK])), cell_table(pages),
-            module_table(sources), name_table('Names in fastdistill.all', names_in_all(root)), line_table(sources, pages),
-            assertion_table(pages)]
+    hidden = name_table(f'Private attributes of {CALLBACK}', private(*parts[CALLBACK]))
+    public = name_table('Names in fastdistill.all', names_in_all(root))
+    lines,asserts = line_table(sources, pages),assertion_table(pages)
+    return [class_table(parts), hidden, cell_table(pages), module_table(sources), public, lines, asserts]
 
 def show(title, columns, rows, markdown):
     rows = [columns, *([str(v) for v in r] for r in rows)]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weak_teacher', 'distant_layers', 'unequal_losses', 'DistillCheck', 'callback_of']
 
-# %% ../nbs/check.ipynb #dd66d9e0
+# %% ../nbs/check.ipynb #a86e79e2
 import math
 from html import escape
 import matplotlib.pyplot as plt
@@ -16,10 +16,13 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
-from .callback import KnowledgeDistillationCallback, alike, no_better_than_chance
+from .callback import KnowledgeDistillationCallback
+from .concerns import concerns, guessing, no_better_than_chance
+from .data import alike, describe_data
 from .matching import layer_shapes
-from .measure import TeacherModule, comp_for, model_size, started, time_forward, validate_teacher
-from .teacher import describe_data
+from .measure import comp_for, model_size, started, time_forward, validate_teacher
+from .objective import Objective
+from .teacher import Teacher
 from .untouched import untouched
 
 # %% ../nbs/check.ipynb #dad8d21b
@@ -32,64 +35,59 @@ def _gradient_norm(loss, model):
     grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
     return math.hypot(*[_norm(g) for g in grads if g is not None])
 
-# %% ../nbs/check.ipynb #9a00d656
+# %% ../nbs/check.ipynb #228a7a2d
 _columns = ['term','student layer','shape','teacher layer','shape ','adapted',
             'loss','weight','weighted loss','gradient norm']
 
-def _largest(kd):
-    "Weight of the distillation loss at its largest, and the task's weight there"
-    def at(o, p): return o(p) if callable(o) else o
-    p = max((i/20 for i in range(21)), key=lambda p: at(kd.weight, p))
-    w,tw = at(kd.weight, p),at(kd.task_weight, p)
-    return w,1-w if tw is None else tw
+def _largest(objective):
+    "Both weights, (weight, task_weight), at the point of the training where `weight` is largest"
+    return max((objective.weights_at(i/20) for i in range(21)), key=lambda o: o[0])
 
-def _row(term, weight, loss, norm, **layers):
-    "A row of the table of terms"
-    loss = loss.item()
-    row = dict(term=term, loss=loss, weight=weight, **layers)
-    return {**row, 'weighted loss':weight*loss, 'gradient norm':weight*norm}
+def _pairs(m, s, t):
+    "For each pair of features that `m` compares: their layers and shapes, and what makes the shapes equal"
+    for a,b,fs,ft in zip(m.student_layers or [''], m.teacher_layers or [''], s, t):
+        pooled = a and fs.ndim == ft.ndim == 4 and fs.shape[2:] != ft.shape[2:]
+        adapted = ['projector']*bool(a and m.needs.builds) + ['pooled']*bool(pooled)
+        yield {'student layer':a, 'shape':tuple(fs.shape[1:]), 'teacher layer':b, 'shape ':tuple(ft.shape[1:]),
+               'adapted':', '.join(adapted)}
 
-def _layers(m, s, t, fs, ft):
-    "Columns for a pair of layers of one `Match`: names, shapes, and what makes the shapes equal"
-    adapted = []
-    if s and (getattr(m.loss, 'projector', 0) is None or hasattr(m.loss, 'build')): adapted.append('projector')
-    if s and fs.ndim == ft.ndim == 4 and fs.shape[2:] != ft.shape[2:]: adapted.append('pooled')
-    return {'student layer':s, 'shape':tuple(fs.shape[1:]), 'teacher layer':t, 'shape ':tuple(ft.shape[1:]),
-            'adapted':', '.join(adapted)}
+def _table(rows):
+    table = pd.DataFrame(rows)
+    table['weighted loss'],table['gradient norm'] = table.weight*table.loss,table.weight*table['gradient norm']
+    return table.reindex(columns=_columns).fillna({c:'' for c in _columns[1:6]})
 
-# %% ../nbs/check.ipynb #b1f48e74
+# %% ../nbs/check.ipynb #8a206797
 class _FirstBatch(Callback):
     "Look at the first batch, and end the fit before its gradients"
-    order = KnowledgeDistillationCallback.order-1     # before the loss becomes the whole objective
+    order = KnowledgeDistillationCallback.order-1
     def __init__(self, kd): self.kd = kd
+    def after_loss(self): self.task_loss = self.loss_grad
 
-    def after_loss(self):
-        kd,task_loss,norm = self.kd,self.loss_grad,lambda l: _gradient_norm(l, self.model)
-        self.inputs,self.concerns,self.guessing = self.xb,kd.concerns(),kd._guessing()
-        w,tw = _largest(kd)
-        task,terms = norm(task_loss),[]
-        self.rows = [_row('task', tw, task_loss, task)]
-        features = kd.features()
-        trained,targ = kd._losses_for(features),kd._targ()
-        for m,f,l in zip(kd.matches, features, trained.losses):
-            pairs = zip(m.student_layers or [''], m.teacher_layers or [''], *f)
-            for pair,loss in zip(pairs, m.compare(*f, *targ, losses=l)):
-                self.rows.append(_row(m.name, w*m.weight, loss, norm(loss), **_layers(m, *pair)))
-                terms.append(m.weight*loss)
-        self.norms = task,norm(sum(terms))
+    def before_backward(self):
+        batch = self.kd.batch
+        self.inputs,self.concerns,self.guessing = batch.xb,concerns(batch),guessing(batch)
+        self._look_at_terms(batch)
+        raise CancelFitException()
 
-    def terms(self):
-        "The table of terms"
-        return pd.DataFrame(self.rows).reindex(columns=_columns).fillna({c:'' for c in _columns[1:6]})
+    def _look_at_terms(self, batch):
+        def norm(loss): return _gradient_norm(loss, self.model)
+        w,tw = _largest(batch.objective)
+        def row(name, weight, loss, **pair):
+            return {'term':name, 'loss':loss.item(), 'weight':weight, 'gradient norm':norm(loss), **pair}
+        rows,terms = [row('task', tw, self.task_loss)],[]
+        for m,features,losses in zip(batch.objective.terms, batch.features, batch.compare()):
+            rows += [row(m.name, w*m.weight, loss, **pair) for pair,loss in zip(_pairs(m, *features), losses)]
+            terms += [m.weight*loss for loss in losses]
+        self.norms = rows[0]['gradient norm'],norm(sum(terms))     # of task and distillation, without weights
+        self.terms = _table(rows)
 
-    def before_backward(self): raise CancelFitException()
-
-# %% ../nbs/check.ipynb #fac77ebd
+# %% ../nbs/check.ipynb #9674ad66
 def _figures(model, call, xb, n): return {**model_size(model), 'ms for a batch':np.median(time_forward(call, xb, n))}
 
 def _compare_models(learn, teacher, xb, dl, n):
     "Table of size, time and metrics of both; the teacher's right predictions, of how many items, of how many classes"
-    dl,rows,right = learn.dls.valid if dl is None else dl,dict(teacher={}, student={}),(0,0,0)
+    if dl is None: dl = learn.dls.valid
+    rows,right = dict(teacher={}, student={}),(0,0,0)
     names = ['valid_loss',*learn.metrics.attrgot('name')]
     kds = [cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)]
     with untouched(learn, dl), learn.no_bar(), learn.removed_cbs(kds):
@@ -101,8 +99,8 @@ def _compare_models(learn, teacher, xb, dl, n):
             values,right = validate_teacher(learn, teacher, dl)
             rows['teacher'].update(zip(names, values))
     table = pd.DataFrame(rows).T
-    ratio = (table.loc['teacher']/table.loc['student']).where(table.columns.isin(['parameters','MB','ms for a batch']))
-    table.loc['teacher / student'] = ratio
+    costs = table.columns.isin(['parameters','MB','ms for a batch'])
+    table.loc['teacher / student'] = (table.loc['teacher']/table.loc['student']).where(costs)
     return table,right
 
 # %% ../nbs/check.ipynb #ac122703
@@ -136,32 +134,32 @@ def weak_teacher(
     shown = ', '.join(f'{m} {s[m]:.4g} against {t[m]:.4g}' for m in better)
     return [f'The student is already better than the teacher ({shown}): it may learn little from it']
 
-# %% ../nbs/check.ipynb #473ed9da
+# %% ../nbs/check.ipynb #4df7e574
 def distant_layers(
-    model:nn.Module, # The student
-    kd:KnowledgeDistillationCallback, # The callback
+    student:nn.Module, # The student
+    teacher:Teacher, # The teacher
+    terms:list, # `Match`es
     xb:tuple, # All inputs of a batch
     most:float=0.4, # The largest distance that is no concern, as a share of the depth
 ) -> list: # Texts
     "Are there pairs of layers that are far apart?"
-    pairs = {p for m in kd.matches for p in zip(m.student_layers, m.teacher_layers)}
+    pairs = {p for m in terms for p in zip(m.student_layers, m.teacher_layers)}
     if not pairs: return []
-    teacher = kd.teacher
     xb_t = xb if teacher.input_tfm is None else teacher.input_tfm(*xb)
-    s,t = (layer_shapes(*o).set_index('layer').depth for o in ((model, xb), (teacher.model, xb_t)))
+    s,t = (layer_shapes(*o).set_index('layer').depth for o in ((student, xb), (teacher.model, xb_t)))
     far = sorted((a, b) for a,b in pairs if a in s and b in t and abs(s[a] - t[b]) > most)
     return [f'Student layer {a!r} is at {s[a]:.2f} of the depth, teacher layer {b!r} at {t[b]:.2f}: '
             'are they the layers you mean? `match_layers` proposes pairs' for a,b in far]
 
-# %% ../nbs/check.ipynb #b1a81e43
+# %% ../nbs/check.ipynb #9f403cc2
 def unequal_losses(
-    kd:KnowledgeDistillationCallback, # The callback
+    objective:Objective, # Its weights are judged
     task:float, # Norm of the gradient of the task loss
     distill:float, # Norm of the gradient of the distillation loss, both without weight
     most:float=30, # The largest ratio that is no concern
 ) -> list: # Texts
     "Does one loss leave no room for the other? With the weight that would make their gradients equal"
-    w,tw = _largest(kd)
+    w,tw = _largest(objective)
     if not w: return ['The weight of the distillation loss is 0: the student learns nothing from its teacher']
     if not distill:
         return ['The distillation loss does not reach the student: it has no gradient in any weight that is trained. '
@@ -169,12 +167,12 @@ def unequal_losses(
     if not tw or not task or 1/most <= (ratio := w*distill/(tw*task)) <= most: return []
     who,whom = ('distillation','task') if ratio > 1 else ('task','distillation')
     return [f'The gradient of the {who} loss is {max(ratio, 1/ratio):.0f} times as large as that of the {whom} loss, '
-            f'which has little effect; {_equal(kd, tw, task, distill)} would make them equal']
+            f'which has little effect; {_equal(objective, tw, task, distill)} would make them equal']
 
-def _equal(kd, tw, task, distill):
+def _equal(objective, tw, task, distill):
     "The arguments of a callback with gradients of equal norm"
     def short(x): return f'{float(f"{x:.2g}"):g}'
-    if kd.task_weight is not None: return f'weight={short(tw*task/distill)}'
+    if objective.task_weight is not None: return f'weight={short(tw*task/distill)}'
     share = task/(task+distill)     # weight and task_weight make 1
     return f'weight={short(share)}' if 0.01 <= share <= 0.99 else f'weight={short(task/distill)}, task_weight=1'
 
@@ -210,7 +208,7 @@ class DistillCheck:
         tables = [f'<p>{k}</p>{t.to_html()}' for k,t in self._tables().items()]
         return ''.join(tables + [f'<p>{escape(t)}</p>' for t in self._texts()])
 
-# %% ../nbs/check.ipynb #f9a5e847
+# %% ../nbs/check.ipynb #a15d0906
 def callback_of(
     learn:Learner, # Any learner
     kd=None, # The callback to use
@@ -228,13 +226,13 @@ def distill_check(self:Learner,
     n:int=10, # Forward passes to time
     comp=None, # For metrics whose names do not tell: `np.less` where less is better, else `np.greater`
 ) -> DistillCheck: # Shows itself as tables
-    "Look at teacher, data, layers and weights before a fit, which is not done; raises what the fit would raise"
+    "Look at teacher, data, layers and weights before a fit; raises what the fit would raise"
     kd = callback_of(self, kd)
     first,added = _FirstBatch(kd),[] if any(cb is kd for cb in self.cbs) else [kd]
     with untouched(self, kd, dl), self.no_bar(): self.fit(1, cbs=[first, *added])
     models,right = _compare_models(self, kd.teacher, first.inputs, dl, n)
     enough = no_better_than_chance(0, *right[1:])     # the validation set tells better than a batch
     found = [c for c in first.concerns if not (enough and c in first.guessing)]
-    found += weak_teacher(models, right, comp) + distant_layers(self.model, kd, first.inputs)
-    found += unequal_losses(kd, *first.norms)
-    return DistillCheck(models, _compare_data(kd.teacher.data, describe_data(self.dls)), first.terms(), found)
+    found += weak_teacher(models, right, comp) + distant_layers(self.model, kd.teacher, kd.matches, first.inputs)
+    found += unequal_losses(kd.objective, *first.norms)
+    return DistillCheck(models, _compare_data(kd.teacher.data, describe_data(self.dls)), first.terms, found)

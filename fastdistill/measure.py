@@ -6,7 +6,7 @@
 __all__ = ['model_size', 'multiply_adds', 'time_forward', 'calibration_error', 'agreement', 'TeacherModule', 'started',
            'validate_teacher', 'comp_for']
 
-# %% ../nbs/measure.ipynb #871df094
+# %% ../nbs/measure.ipynb #4e48b8ef
 import math, re, time
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -22,7 +22,8 @@ from fastai.torch_core import one_param
 from fastcore.xtras import is_listy
 from torch import nn, Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from .teacher import Teacher, as_teacher, get_logits, ignored_label, one_class_each
+from .data import get_logits, ignored_label, one_class_each
+from .teacher import Teacher
 
 # %% ../nbs/measure.ipynb #293b08ab
 def model_size(

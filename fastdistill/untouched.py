@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['untouched']
 
-# %% ../nbs/untouched.ipynb #f86e5d2d
+# %% ../nbs/untouched.ipynb #1db27c10
 import random
 from contextlib import contextmanager
 from itertools import chain
@@ -14,6 +14,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import no_random, one_param
 from fastcore.foundation import L
+from .fit import as_trial
 
 # %% ../nbs/untouched.ipynb #c31124a6
 @contextmanager
@@ -65,9 +66,7 @@ def _same_draws(*objects):
         for l,v in lists: l[:] = v
         for put_back,state in rngs: put_back(state)
 
-# %% ../nbs/untouched.ipynb #e4b67930
-def _as_trial(learn): learn.lr_finder = learn.gather_preds = True     # fastai's loggers and trackers look at these
-
+# %% ../nbs/untouched.ipynb #c5b3ada0
 @contextmanager
 def untouched(
     learn:Learner, # Any learner
@@ -84,5 +83,5 @@ def untouched(
           _same_attributes(*map(vars, objects), *_of_modules(learn.model)),
           no_random(reproducible=False), learn.no_logging()):
         learn.opt = None
-        _as_trial(learn)
+        as_trial(learn)
         yield

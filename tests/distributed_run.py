@@ -8,6 +8,7 @@ from fastai.torch_core import distrib_barrier, num_distrib, rank_distrib
 from torch import nn
 from conftest import data, loaders, n_hooks
 from fastdistill.all import *
+from fastdistill.layers import unwrap_model
 from fastdistill.experiment import start_processes
 
 scenarios = {'plain': lambda n: [], 'accumulate': lambda n: [GradientAccumulation(n)], 'clip': lambda n: [GradientClip(0.05)], 'loaded': lambda n: [], 'compiled': lambda n: []}

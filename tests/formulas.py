@@ -1,6 +1,26 @@
-"The formulas of the papers once more, in NumPy and plain loops: what the losses are tested against."
+"""The formulas of the papers in NumPy and plain loops, to test the losses against.
+
+`@formula_of('SoftTarget')` registers a formula: a function of the tensors as NumPy arrays, and of options of the loss with the same names.
+"""
+import inspect
 import numpy as np
 from scipy.special import rel_entr
+
+formulas = {}     # name of a loss -> its formula
+
+def formula_of(name):
+    def register(f):
+        formulas[name] = f
+        return f
+    return register
+
+def expected(loss, *arrays):
+    "What `loss` should return, by its formula and its options; `arrays` are the student's, the teacher's and the labels, if it needs them"
+    formula = formulas[type(loss).__name__]
+    takes = inspect.signature(formula).parameters
+    options = {k:getattr(loss, k) for k in inspect.signature(type(loss)).parameters if k in takes}
+    if 'built' in takes: options['built'] = {k:v.detach().double().numpy() for k,v in loss.state_dict().items()}
+    return formula(*arrays, **options)
 
 # B batch, C classes or channels, s student, t teacher, T temperature
 
@@ -14,27 +34,34 @@ def without(x, c): return np.array([v for i,v in enumerate(x) if i != c])
 
 # --- on predictions ---
 
-def soft_target(s, t, T): return np.mean([T**2 * kl(softmax(b, T), softmax(a, T)) for a,b in zip(s, t)])
-
 def zscore(x): return np.array([(r-r.mean())/(r.std(ddof=1)+1e-7) for r in x])
 
-def soft_target_standardized(s, t, T): return soft_target(zscore(s), zscore(t), T)
+@formula_of('SoftTarget')
+def soft_target(s, t, T, standardize=False):
+    if standardize: s,t = zscore(s),zscore(t)
+    return np.mean([T**2 * kl(softmax(b, T), softmax(a, T)) for a,b in zip(s, t)])
 
+@formula_of('Logits')
 def logits(s, t): return np.mean([(a-b)**2 for a,b in zip(s.ravel(), t.ravel())])
 
+@formula_of('HardTarget')
 def hard_target(s, t): return np.mean([-np.log(softmax(a)[b.argmax()]) for a,b in zip(s, t)])
 
-def _decoupled(a, b, c, T, alpha, beta):
+def decoupled_item(a, b, c, T, alpha, beta):
     p,q = softmax(b, T)[c],softmax(a, T)[c]
     rest_p,rest_q = without(softmax(b, T), c).sum(),without(softmax(a, T), c).sum()     # 1-p loses its digits near p = 1
     return T**2 * (alpha*kl([p,rest_p], [q,rest_q]) + beta*kl(softmax(without(b, c), T), softmax(without(a, c), T)))
 
-def decoupled_kd(s, t, y, T, alpha, beta): return np.mean([_decoupled(a, b, c, T, alpha, beta) for a,b,c in zip(s, t, y)])
+@formula_of('DecoupledKD')
+def decoupled_kd(s, t, y, T, alpha, beta, standardize=False):
+    if standardize: s,t = zscore(s),zscore(t)
+    return np.mean([decoupled_item(a, b, c, T, alpha, beta) for a,b,c in zip(s, t, y)])
 
-def _normalized(a, b, c, T, gamma):
+def normalized_item(a, b, c, T, gamma):
     return -softmax(b)[c]*np.log(softmax(a)[c]) - gamma * T**2 * (softmax(without(b, c), T)*np.log(softmax(without(a, c), T))).sum()
 
-def normalized_kd(s, t, y, T, gamma): return np.mean([_normalized(a, b, c, T, gamma) for a,b,c in zip(s, t, y)])
+@formula_of('NormalizedKD')
+def normalized_kd(s, t, y, T, gamma): return np.mean([normalized_item(a, b, c, T, gamma) for a,b,c in zip(s, t, y)])
 
 def of_probabilities(item_loss, s, t, y, *args):
     "The mean over labels: what a loss of a single item is under probabilities `y` of its labels"
@@ -44,16 +71,19 @@ def pearson(a, b):
     a,b = a-a.mean(),b-b.mean()
     return (a*b).sum()/np.sqrt((a*a).sum()*(b*b).sum())
 
+@formula_of('DIST')
 def dist(s, t, T, beta, gamma):
     p,q = (np.array([softmax(r, T) for r in x]) for x in (s,t))
     rows,columns = ([1-pearson(a, b) for a,b in zip(*o)] for o in ((p,q), (p.T,q.T)))
     return T**2 * (beta*np.mean(rows) + gamma*np.mean(columns))
 
+@formula_of('MultiLabelSoftTarget')
 def multi_label(s, t, T):
     "Summed over the labels, averaged over the batch"
     def yes_no(v): return softmax([v,0.], T)
     return T**2 * np.mean([sum(kl(yes_no(b), yes_no(a)) for a,b in zip(*o)) for o in zip(s, t)])
 
+@formula_of('TeacherBounded')
 def teacher_bounded(s, t, y, margin):
     errors = [(((a-c)**2).sum(),((b-c)**2).sum()) for a,b,c in zip(s, t, y)]
     return np.mean([e_s if e_s+margin > e_t else 0. for e_s,e_t in errors])
@@ -76,34 +106,46 @@ def positions(x):
     if x.ndim == 2: return x[:,None]
     return x if x.ndim == 3 else np.moveaxis(x.reshape(*x.shape[:2], -1), 1, 2)
 
+@formula_of('Attention')
 def attention(s, t, p):
     "The larger features are pooled, then squared"
     a,b = ((np.abs(x)**p).mean(1) for x in same_size(s, t))
     def unit(m): return m.ravel()/max(np.sqrt((m**2).sum()), 1e-12)
     return np.mean([(unit(m)-unit(n))**2 for m,n in zip(a, b)])
 
-def fitnet(s, t): return logits(*same_size(s, t))
+@formula_of('FitNet')
+def fitnet(s, t): return logits(*same_size(s, t))     # without a projector
 
+@formula_of('Cosine')
 def cosine(s, t):
     s,t = map(positions, same_size(s, t))
     def cos(a, b): return a@b/np.sqrt((a@a)*(b@b)) if (a@a)*(b@b) > 0 else 0.
     return np.mean([1-cos(a, b) for i,j in zip(s, t) for a,b in zip(i, j)])
 
-def activation_boundaries(s, t, m):
+@formula_of('ActivationBoundaries')
+def activation_boundaries(s, t, margin):
+    m = margin
     def of(a, b): return (a+m)**2 if a > -m and b <= 0 else (a-m)**2 if a <= m and b > 0 else 0.
     s,t = same_size(s, t)
     return np.mean([of(a, b) for a,b in zip(s.ravel(), t.ravel())])
 
-def vid(mean, variance, t):
-    mean,t = positions(mean),positions(t)
+@formula_of('VID')
+def vid(s, t, eps, built):
+    "The mean is predicted by three layers with a ReLU between them, without biases"
+    s,t = map(positions, same_size(s, t))
+    w1,w2,w3 = (w.reshape(w.shape[:2]) for k,w in built.items() if k.endswith('weight'))
+    mean = np.maximum(np.maximum(s@w1.T, 0)@w2.T, 0)@w3.T
+    variance = np.log1p(np.exp(built['scale'])) + eps
     return np.mean([((mean[...,c]-t[...,c])**2/v + np.log(v))/2 for c,v in enumerate(variance)])
 
+@formula_of('ChannelWise')
 def channel_wise(s, t, T):
     s,t = map(positions, same_size(s, t))
     return T**2 * np.mean([kl(softmax(j[:,c], T), softmax(i[:,c], T)) for i,j in zip(s, t) for c in range(s.shape[2])])
 
 # --- on relations within the batch ---
 
+@formula_of('Similarity')
 def similarity(s, t):
     def table(x):
         g = np.array([[(a*b).sum() for b in x] for a in x])
@@ -127,9 +169,13 @@ def rkd_angle(s, t):
     n = range(len(s))
     return np.mean([smooth_l1(cos(s, i, j, k)-cos(t, i, j, k)) for i in n for j in n for k in n])
 
-def pkt(s, t, e=1e-7):
+@formula_of('RKD')
+def rkd(s, t, distance, angle): return distance*rkd_distance(s, t) + angle*rkd_angle(s, t)
+
+@formula_of('PKT')
+def pkt(s, t, eps):
     def table(x):
         x = positions(x).mean(1)
         k = np.array([[(a@b/np.sqrt((a@a)*(b@b))+1)/2 for b in x] for a in x])
         return np.array([r/r.sum() for r in k])
-    return np.mean([p*np.log((p+e)/(q+e)) for p,q in zip(table(t).ravel(), table(s).ravel())])
+    return np.mean([p*np.log((p+eps)/(q+eps)) for p,q in zip(table(t).ravel(), table(s).ravel())])

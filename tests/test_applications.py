@@ -8,6 +8,7 @@ from PIL import Image
 from torch import nn
 from conftest import n_hooks, same_state, state
 from fastdistill.all import *
+from fastdistill.data import get_logits
 
 KD = KnowledgeDistillationCallback
 

@@ -1,11 +1,11 @@
 "What is known of the data that a network was made for."
 from types import SimpleNamespace
-from fastdistill.teacher import describe_data
+from fastdistill.data import describe_data
 
 def test_data_described():
     from fastai.data.transforms import CategoryMap
     from fastai.vision.augment import RandomResizedCrop, Resize
-    from fastdistill.teacher import describe_data
+    from fastdistill.data import describe_data
     def of(vocab=None, *tfms): return describe_data(SimpleNamespace(vocab=vocab, after_item=SimpleNamespace(fs=list(tfms))))
     assert of() == of(3) == of('ab') == {}
     classes = CategoryMap(['b','a'])

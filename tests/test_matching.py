@@ -3,7 +3,7 @@ import pytest, torch
 from torch import nn
 from conftest import learner, n_hooks, net, same_state, state
 from fastdistill.all import *
-from fastdistill.matching import layer_shapes
+from fastdistill.layers import get_layer
 
 def test_match_layers_of_torchvision():
     from fastai.vision.all import create_vision_model, mobilenet_v3_small, resnet18, resnet34

@@ -8,7 +8,7 @@ from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner, 
 from torch import nn
 from conftest import data, learner, loaders, n_hooks, net, same_state, state
 from fastdistill.all import *
-from fastdistill.data import describe_data
+from fastdistill.data import describe_data, get_logits
 from test_callback import close, exportable, grads_by_hand, Gradients, one_batch
 
 KD = KnowledgeDistillationCallback

@@ -8,7 +8,7 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
 from fastai.callback.training import GradientClip
 from torch import nn
-from conftest import data, learner, n_hooks, net, state
+from conftest import data, learner, n_hooks, net, same_state, state
 from test_applications import language_dls, text_learner, texts
 from fastdistill.all import *
 from fastdistill.untouched import untouched
@@ -43,7 +43,7 @@ def test_looking_changes_nothing(trained, kind, before, look, tmp_path):
     if before == 'attached': learn.add_cbs([kd, GradientClip(), MixUp(), CSVLogger(tmp_path/'log.csv')])
     next(learn.model.parameters()).grad = torch.ones(4, 2, 3, 3)
     list(learn.model.modules())[2].eval()
-    trained_losses = deepcopy(kd._trained.state_dict()) if kd._trained else None
+    trained_losses = None if kd.trained.losses is None else state(kd.trained.losses)
     found = everything(learn, teacher)
     args = [] if before == 'attached' else [kd]
     if before == 'failed':
@@ -54,7 +54,7 @@ def test_looking_changes_nothing(trained, kind, before, look, tmp_path):
     else: learn.weight_finder(*args, weights=[0.5], lr=1e-1)
     now = everything(learn, teacher)
     for k in found: assert same(found[k], now[k]), k
-    assert (kd._trained.state_dict() if kd._trained else None) is None if trained_losses is None else same(trained_losses, kd._trained.state_dict())
+    assert kd.trained.losses is None if trained_losses is None else same_state(kd.trained.losses, trained_losses)
     assert not list(tmp_path.iterdir())     # loggers were told that this is a trial
 
 def test_a_fit_after_looking_is_the_fit_without(trained):
@@ -72,12 +72,12 @@ def test_a_fit_after_looking_is_the_fit_without(trained):
 def test_the_curves_of_a_fit_outlive_the_check(trained):
     learn,kd = new(trained),kinds(net(8))['trained loss']
     learn.fit(2, 1e-2, cbs=kd)
-    losses,trained_losses = deepcopy(kd.losses),kd._trained
+    losses,trained_losses = deepcopy(kd.losses),kd.trained
     def fails(self): raise RuntimeError('stop')
     failing = learner(net(4), learn.dls, cbs=Callback(after_loss=fails))
     for look in (lambda: learn.distill_check(kd, n=1), lambda: new(trained).distill_check(kd, n=1), lambda: learn.weight_finder(kd, weights=[0.5]), lambda: failing.distill_check(kd)):
         with suppress(RuntimeError): look()
-        assert kd.losses == losses and kd._trained is trained_losses and kd._student() is learn.model
+        assert kd.losses == losses and kd.trained is trained_losses and kd.trained.belongs_to(learn.model)
     assert list(kd.plot_losses(skip_start=0).lines[0].get_ydata()) == losses['task_loss']
 
 def order(dl):

@@ -4,6 +4,5 @@ from .base import *
 from .predictions import *
 from .features import *
 from .relations import *
-from .base import channel_axis as _channel_axis, in_full_precision   # until the callback imports them from there
 
 __all__ = [*base.__all__, *predictions.__all__, *features.__all__, *relations.__all__]

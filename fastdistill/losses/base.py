@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-# %% ../../nbs/losses/base.ipynb #2457525b
+# %% ../../nbs/losses/base.ipynb #dafedead
 def _tensors(args):
     "All tensors in `args`, also those in lists and tuples"
     for a in args:
@@ -34,7 +34,7 @@ def in_full_precision(
     "Call `loss` on plain tensors with autocast off, those in half precision cast to float32"
     device = next((x.device.type for x in _tensors(args)), 'cpu')
     args = [_full_precision(a) for a in args]
-    if not torch.is_autocast_enabled(device): return loss(*args)
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)): return loss(*args)
     with torch.autocast(device, enabled=False): return loss(*args)
 
 # %% ../../nbs/losses/base.ipynb #b3b86903

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['RecordingSession', 'describe_header']
 
-# %% ../../nbs/recording/session.ipynb #52ae605d
+# %% ../../nbs/recording/session.ipynb #84658e26
 import math, sys
 from functools import partial
+from pathlib import Path
 from fastcore.basics import patch
 from fastprogress.fastprogress import ConsoleProgressBar, progress_bar
 from .answers import AnswerFormat, check_finite, choose_dtype, close, spread_of
@@ -40,7 +41,7 @@ class RecordingSession:
         check_finite(answer)
         return xb,answer
 
-# %% ../../nbs/recording/session.ipynb #2b97cb7e
+# %% ../../nbs/recording/session.ipynb #94201911
 @patch
 def look(self:RecordingSession):
     "Find out how to record, by what the teacher answers to the first batch"
@@ -61,8 +62,8 @@ def _look_in_any_order(self:RecordingSession):
     if close(other[:n], answer[:n], 0.05*spread_of(answer)):
         self.dl,self.xb,self.answer = dl,xb,answer
         return True
-    print('The teacher\'s answer to an item depends on the others in its batch, '
-          'as with `BatchNorm2d(track_running_stats=False)`. So batches are recorded as they are.')
+    print('The teacher\'s answer to an item depends on the others in its batch\n'
+          '(as with `BatchNorm2d(track_running_stats=False)`), so batches are recorded as they are.')
     return False
 
 # %% ../../nbs/recording/session.ipynb #4de9030a
@@ -102,12 +103,53 @@ def describe_header(
     return (f'{h["rows"]:,} items {order}, answers of shape {tuple(h["shape"])} in {h["dtype"]}{highest}, '
             f'{size_text(recording_nbytes(h))}')
 
-# %% ../../nbs/recording/session.ipynb #7a76a0a1
+# %% ../../nbs/recording/session.ipynb #219c0983
+@patch
+def batches(self:RecordingSession,
+    files:Files, # What is recorded
+): # A generator
+    "Rows and inputs of each batch, and whether it has an answer; inputs are `None` in epochs without a gap"
+    for epoch in range(files.header['n_epoch']):
+        epoch_batches = Seeded(self.dl, self.seed, epoch, files.header['rows'])
+        rows = [epoch_batches.rows(i) for i in range(math.ceil(files.header['rows']/self.dl.bs))]
+        done = [not self.resets and files.done(r) for r in rows]
+        if all(done):
+            yield from ((r,None,True) for r in rows)
+            continue
+        if self.resets: self.teacher.start(self.teacher.device, True)
+        for r,b,d in zip(rows, epoch_batches, done): yield r,inputs_of(self.dls, b),d
+
+# %% ../../nbs/recording/session.ipynb #03c91ba8
+@patch
+def fill(self:RecordingSession,
+    files:Files, # Open for writing
+):
+    "Ask the teacher about all batches without an answer"
+    h = files.header
+    self.teacher.choose(*self.xb)
+    size,total = spread_of(self.answer),h['n_epoch']*math.ceil(h['rows']/self.dl.bs)
+    for rows,xb,done in _bar(self.batches(files), total):
+        if not done: self._write(files, rows, xb, size)
+        elif xb is not None: check_inputs(files, rows, xb, self.dl)
+
+@patch
+def _write(self:RecordingSession, files, rows, xb, size):
+    inputs,logits = checksums(*xb),self.teacher(*xb)
+    files.format.check(logits, len(rows))
+    files.write(rows, inputs, files.format.encode(logits, size))
+
+def _bar(gen, total):
+    "A progress bar; in a log file, where each update is a line, it has at most one in a second"
+    bar = progress_bar(gen, total=total)
+    if isinstance(bar, ConsoleProgressBar) and not sys.stdout.isatty(): bar.update_every,bar.first_its = 2,1
+    return bar
+
+# %% ../../nbs/recording/session.ipynb #273b0273
 @patch
 def open(self:RecordingSession,
-    folder, # With a header
+    folder:Path, # With a header
     header:dict, # What it has to hold
-    write=False, # To complete it?
+    write:bool=False, # To complete it?
 ) -> Files:
     "The files in a folder; `FileExistsError` where they belong to another recording"
     files = Files(folder, write)
@@ -124,10 +166,10 @@ def _another(files, what):
     return FileExistsError(f'{files.path} holds another recording. Delete it or choose another path. '
                            f'What differs: {what}')
 
-# %% ../../nbs/recording/session.ipynb #5c24f800
+# %% ../../nbs/recording/session.ipynb #a04564be
 @patch
 def record(self:RecordingSession,
-    path, # Folder of the recording
+    path:Path, # Folder of the recording
     header:dict, # What to record, and how
 ):
     "Make the recording, complete it, or see that it is there"
@@ -140,40 +182,3 @@ def record(self:RecordingSession,
             files = Files.create(path, header)
         self.fill(files)
         files.finish()
-
-@patch
-def fill(self:RecordingSession,
-    files:Files, # Open for writing
-):
-    "Ask the teacher about all batches without an answer"
-    h = files.header
-    self.teacher.choose(*self.xb)
-    size,total = spread_of(self.answer),h['n_epoch']*math.ceil(h['rows']/self.dl.bs)
-    for rows,xb,done in _bar(self._batches(files), total):
-        if not done: self._write(files, rows, xb, size)
-        elif xb is not None: check_inputs(files, rows, xb, self.dl)
-
-@patch
-def _batches(self:RecordingSession, files):
-    "Rows and inputs of all batches, and whether they have an answer; inputs are `None` in epochs without a gap"
-    for epoch in range(files.header['n_epoch']):
-        batches = Seeded(self.dl, self.seed, epoch, files.header['rows'])
-        rows = [batches.rows(i) for i in range(math.ceil(batches.n_rows/self.dl.bs))]
-        done = [not self.resets and files.done(r) for r in rows]
-        if all(done):
-            yield from ((r,None,True) for r in rows)
-            continue
-        if self.resets: self.teacher.start(self.teacher.device, True)
-        for r,b,d in zip(rows, batches, done): yield r,inputs_of(self.dls, b),d
-
-@patch
-def _write(self:RecordingSession, files, rows, xb, size):
-    inputs,logits = checksums(*xb),self.teacher(*xb)
-    files.format.check(logits, len(rows))
-    files.write(rows, inputs, files.format.encode(logits, size))
-
-def _bar(gen, total):
-    "A progress bar; in a log file, where each update is a line, it has at most one in a second"
-    bar = progress_bar(gen, total=total)
-    if isinstance(bar, ConsoleProgressBar) and not sys.stdout.isatty(): bar.update_every,bar.first_its = 2,1
-    return bar

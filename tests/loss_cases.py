@@ -1,0 +1,54 @@
+"Every loss of the package, what to call it with, and numbers to compare: for the tests of losses."
+import numpy as np
+import pytest, torch
+from hypothesis import strategies as st
+from torch import nn
+from fastdistill.losses import *
+
+def randn(seed, *shape, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+def built(loss, s, t): return loss.build(s.detach(), t) if loss_needs(loss).builds else loss
+def np64(*xs): return [x.detach().double().numpy() for x in xs]
+
+sizes,seeds,temps = st.integers(1,4),st.integers(0,10**6),st.floats(0.5,20)
+dtypes = st.sampled_from([torch.float32,torch.float64])
+
+def check(got, want, dtype, scale=1.):
+    "Equal up to the rounding of numbers of size `scale`"
+    digits = 1e-6 if dtype==torch.float32 else 1e-14
+    assert got.item() == pytest.approx(want, rel=1e3*digits, abs=10*digits*scale) and got.dtype == dtype and got.ndim == 0
+
+# A new loss joins these lists by itself. Tests name the losses that they leave out, so that a new one is not left out by accident.
+registered = [cls() for cls in registered_losses.values()]
+every = registered + [SoftTarget(2, standardize=True), DecoupledKD(standardize=True), Attention(1), Projected(FitNet())]
+def is_on_logits(loss): return loss_needs(loss).on_features is False
+def is_on_values(loss): return is_on_logits(loss) and loss_needs(loss).needs_targ and loss_needs(loss).single_label is False
+def kinds(loss): return (2,) if is_on_logits(loss) else loss_needs(loss).kinds
+
+def without(*classes, losses=every): return [l for l in losses if not isinstance(l, classes)]
+on_logits = [l for l in every if is_on_logits(l)]
+on_features = [l for l in every if not is_on_logits(l)]
+
+def shapes(loss, kind=None):
+    "Of student and teacher, a batch of three"
+    kind = max(kinds(loss)) if kind is None else kind
+    return [{2:(3,5), 3:(3,4,5), 4:(3,5,4,4)}[kind]]*2
+
+def labels(loss, s, seed=None):
+    "In a list, and none for a loss that needs none; without `seed` the classes 0, 1, 2, ..."
+    if not loss_needs(loss).needs_targ: return []
+    if is_on_values(loss): return [randn(seed or 2, *s.shape).to(s)]
+    items = s.select(1, 0).shape
+    if seed is None: return [(torch.arange(items.numel())%s.shape[1]).view(items)]
+    return [torch.randint(s.shape[1], items, generator=torch.Generator().manual_seed(seed))]
+
+def call(loss, s, t): return built(loss, s, t)(s, t, *labels(loss, s))
+
+@st.composite
+def feature_shapes(draw, kinds, same, least=2):
+    "Shapes of student and teacher: any channels and map sizes, unless they have to be the same"
+    b,n = draw(st.integers(2,4)),draw(st.integers(least,5))
+    cs = draw(st.integers(1,5)); ct = cs if same else draw(st.integers(1,5))
+    def of(kind, c): return {2:(b,c), 3:(b,n,c), 4:(b,c,draw(st.integers(least,5)),draw(st.integers(1,5)))}[kind]
+    kind = draw(st.sampled_from(kinds))
+    return of(kind, cs),of(kind, ct)
