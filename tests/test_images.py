@@ -27,7 +27,8 @@ def test_a_loss_by_its_name(images, name):
 
 def test_every_loss_has_its_name():
     for name,loss in image_losses.items():
-        match = image_loss(name, student_layers='0', teacher_layers='0') if getattr(loss, 'on_features', True) else image_loss(name)
+        layers = {} if loss.on_features is False else dict(student_layers='0', teacher_layers='0')
+        match = image_loss(name, **layers)
         assert loss.__name__ == name and isinstance(match.loss, Projected) == (name in ('Cosine','ActivationBoundaries','ChannelWise'))
     assert image_loss('DIST', 2).loss.T == 2 and image_loss('DIST').loss.T == 4
 
