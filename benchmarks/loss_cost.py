@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torchvision import models
 from fastdistill.losses import *
+from fastdistill.losses.base import registered_losses
 from timing import machine, peak_mb, time_rounds
 
 def parse():

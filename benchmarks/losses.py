@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 from fastdistill.all import Match
 from fastdistill.losses import *
+from fastdistill.losses.base import registered_losses
 
 stages,before_relu = ['0','1','2'],['0.1','1.1','2.1']
 def share(loss, *weights): return {(loss,w):dict(loss=loss, weight=w) for w in weights}

@@ -18,7 +18,7 @@ from .shared_callback import SharedCallback
 from .teacher import Teacher, as_teacher
 from .trained import Trained
 
-# %% ../nbs/callback.ipynb #d8a99e47
+# %% ../nbs/callback.ipynb #1f8e7c23
 class KnowledgeDistillationCallback(SharedCallback):
     "Train the student on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
@@ -27,7 +27,7 @@ class KnowledgeDistillationCallback(SharedCallback):
     trained = Trained()
     def __init__(self,
         teacher, # `nn.Module`, `Learner`, `Teacher`, `TeacherRecording`, or a list of models, an ensemble
-        loss=SoftTarget, # A loss (class, `partial`, instance, function), a `Match`, or a list of these, which are summed
+        loss=SoftTarget, # A loss (class, `partial`, instance, function), a `Match`, or a list of these
         student_layers:str|list=None, # For a loss on features: names of the student's layers
         teacher_layers:str|list=None, # For a loss on features: names of the teacher's layers, in the same order
         weight:float=0.5, # Weight of the distillation loss: a number, or a schedule such as `SchedCos(0,.9)`

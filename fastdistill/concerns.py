@@ -14,7 +14,7 @@ from fastai.torch_core import maybe_gather, num_distrib
 from .data import alike, describe_data, one_class_each
 from .labels import task_ignores
 
-# %% ../nbs/concerns.ipynb #9a31b098
+# %% ../nbs/concerns.ipynb #bc1c5bd3
 _cures = dict(classes='its logits stand for other classes', size='`Teacher(model, input_tfm=...)` can resize them')
 
 def other_data(
@@ -24,7 +24,8 @@ def other_data(
     teacher,student = batch.teacher.data,describe_data(batch.learn.dls)
     facts = [k for k in teacher if k in student and not alike(teacher[k], student[k])]
     if batch.teacher.input_tfm is not None: facts = [k for k in facts if k == 'classes']
-    return [f'The teacher was trained with {k} {_brief(teacher[k])}, but the student\'s batches have {_brief(student[k])}: '
+    return [f'The teacher was trained with {k} {_brief(teacher[k])}, '
+            f'but the student\'s batches have {_brief(student[k])}: '
             + _cures.get(k, '`Teacher(model, input_tfm=...)` can normalise them again') for k in facts]
 
 def _brief(o):
@@ -56,14 +57,14 @@ def guessing(
     return [f'The teacher names the class of {k} items of {n}, no more than guessing would: are its classes in another '
             'order, or does it expect other inputs, which `Teacher(model, input_tfm=...)` can make?']
 
-# %% ../nbs/concerns.ipynb #1c0632d8
+# %% ../nbs/concerns.ipynb #b733fc4a
 def flat_targets(
     batch, # A `Batch`
 ) -> list: # Texts
     "Does a temperature flatten the teacher's targets?"
     if batch.answer is None: return []
     found = [(m.needs.T, _flatness(batch.answer, m.needs)) for m in batch.objective.terms if _softens(m.needs)]
-    return [f'At T={T} the teacher\'s targets are flat, with {100*h:.2f} % of the entropy that equal probabilities have: '
+    return [f'At T={T} the teacher\'s targets are flat, with {100*h:.2f} % of the entropy of equal probabilities: '
             'a lower temperature shows more' for T,h in found if h > 0.9995]
 
 def _softens(needs): return needs.single_label and needs.T is not None and not needs.standardize
@@ -95,7 +96,7 @@ def concerns(
     "What looks wrong in this batch, in plain words with the cure"
     return [text for check in checks for text in check(batch)]
 
-# %% ../nbs/concerns.ipynb #1766f6cf
+# %% ../nbs/concerns.ipynb #50e67c4c
 def check_finite(
     batch, # A `Batch`, after its losses
     terms:list, # Their values, as numbers
@@ -109,7 +110,8 @@ def check_finite(
              for m,l,(s,t) in zip(batch.objective.terms, terms, batch.features)]
     bad = [o for o in found if not math.isfinite(o[1])] or [o for o in found if not all(o[2].values())]
     if bad: raise ValueError(_not_finite(*bad[0]))
-    if num_distrib() > 1: raise ValueError('The distillation loss, or what the teacher said, is not finite in another process')
+    if num_distrib() > 1:
+        raise ValueError('The distillation loss, or the teacher\'s answer, is not finite in another process')
     # else each is finite and only their sum is not
 
 def _not_finite(m, loss, parts):

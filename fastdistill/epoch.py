@@ -26,15 +26,15 @@ class WatchedInputs:
         seen,self.seen = self.seen,[]
         return any(x._version != v for x,v in seen)
 
-# %% ../nbs/epoch.ipynb #f96fed64
+# %% ../nbs/epoch.ipynb #b0a9ab38
 def check_teacher(teacher, student):
     "Raise unless there is a teacher that is not the student"
     if teacher is None:
         raise ValueError('Expected a teacher, but this callback was loaded without one, as pickles hold none. '
                          'Set it: `callback.teacher = ...`.')
     if {id(p) for p in student.parameters()} & {id(p) for p in teacher.model.parameters()}:
-        raise ValueError(f'Expected a teacher of its own, but {teacher} is the student or has weights in common with it. '
-                         'A `deepcopy` of the student would do.')
+        raise ValueError(f'Expected a teacher of its own, but {teacher} is the student or has weights in common '
+                         'with it. A `deepcopy` of the student would do.')
 
 # %% ../nbs/epoch.ipynb #0c398f3e
 class Epoch:

@@ -38,7 +38,7 @@ def as_trial(
     "Tell callbacks that the next fit is a trial: loggers and trackers look at these two names"
     learn.lr_finder = learn.gather_preds = True
 
-# %% ../nbs/fit.ipynb #f3d7c2c0
+# %% ../nbs/fit.ipynb #a5d5fc6e
 class Guard:
     "Close a fit if an epoch ends with an exception that fastai does not handle"
     def __init__(self, learn, close):
@@ -58,7 +58,9 @@ class Guard:
         if self.found: self.learn._with_events = self.found
         else: del self.learn._with_events
 
-    def __reduce__(self): return partial,(type(self.learn)._with_events,self.learn)   # if exported in the middle of a fit
+    def __reduce__(self):
+        "For a learner that is exported in the middle of a fit"
+        return partial,(type(self.learn)._with_events,self.learn)
 
 # %% ../nbs/fit.ipynb #cff057f7
 def says_where(f):
@@ -74,7 +76,7 @@ def says_where(f):
             raise modify_exception(e, f'{text}{where}', replace=True)
     return _inner
 
-# %% ../nbs/fit.ipynb #e7bbed02
+# %% ../nbs/fit.ipynb #3c06bd9d
 class Fit:
     "What belongs to one fit: from its start to its end, however it comes"
     def __init__(self, kd):
@@ -91,8 +93,8 @@ class Fit:
     def _check_alone(self):
         kds = [cb for cb in self.learn.cbs if isinstance(cb, type(self.kd))]
         if len(kds) < 2: return
-        raise ValueError(f'Expected one KnowledgeDistillationCallback, but the learner has {len(kds)}. One takes several '
-                         'losses as a list of `Match`es and several teachers as a list of models. '
+        raise ValueError(f'Expected one KnowledgeDistillationCallback, but the learner has {len(kds)}. '
+                         'One takes several losses as a list of `Match`es and several teachers as a list of models. '
                          '`learn.remove_cb(KnowledgeDistillationCallback)` removes one that was attached before.')
 
     def _add_columns(self):
@@ -130,16 +132,17 @@ class Fit:
         self.batch = None
         self.undo.close()
 
-# %% ../nbs/fit.ipynb #2a8ef43b
+# %% ../nbs/fit.ipynb #139ea081
 @patch
 @says_where
 def ask_teacher(self:Fit):
     "Let the teacher answer what the student was asked"
     xb,teacher,epoch = self.learn.xb,self.kd.teacher,self.epoch
     if epoch.inputs.written_over():
-        raise ValueError(f'Expected {type(unwrap_model(self.learn.model)).__name__} to leave its inputs as they are, but '
-                         'its forward pass writes over them, so the teacher would see other inputs. Replace the in-place '
-                         'operation, for example `x.sub_(mean)` by `x = x - mean`.')
+        student = type(unwrap_model(self.learn.model)).__name__
+        raise ValueError(f'Expected {student} to leave its inputs as they are, but its forward pass writes over them, '
+                         'so the teacher would see other inputs. Replace the in-place operation, for example '
+                         '`x.sub_(mean)` by `x = x - mean`.')
     teacher.check(*xb)
     if teacher.choose(*xb):
         for h in epoch.teacher_hooks: h.clear()
@@ -156,7 +159,7 @@ def _answer(self:Fit, xb):
     if self.may_stop: stop_after(hooks)
     return answer
 
-# %% ../nbs/fit.ipynb #64a38cd9
+# %% ../nbs/fit.ipynb #705ab7ad
 @patch
 @says_where
 def set_loss(self:Fit):
@@ -171,7 +174,7 @@ def set_loss(self:Fit):
     batch.send(task_loss, kd_loss, terms)
     if learn.train_iter == 0: self._look_at_first_batch()
     loss = tw*task_loss + w*kd_loss
-    learn.loss_grad = loss.to(task_loss.dtype) if loss.dtype == torch.float64 else loss   # the recorder wants its own type
+    learn.loss_grad = loss.to(task_loss.dtype) if loss.dtype == torch.float64 else loss   # as the recorder wants it
     learn.loss = learn.loss_grad.clone()
     self.epoch.clear_hooks()   # what the backward pass needs is in the graph
 
@@ -218,13 +221,13 @@ def end_batch(self:Fit):
     self.epoch.clear_hooks()
     self.kd.trained.leave()
 
-# %% ../nbs/fit.ipynb #5e29279e
+# %% ../nbs/fit.ipynb #25d1a9e3
 @patch
 @contextmanager
 def paused(self:Fit,
     teacher, # The next `Teacher`
 ):
-    "Take the hooks off, change the teacher inside, go on; raises `ValueError` for a recording in the middle of an epoch"
+    "Take the hooks off, change the teacher inside, go on; raises `ValueError` for a recording in mid-epoch"
     running = self.epoch is not None
     if running and not (self.kd.teacher.live and teacher.live):
         raise ValueError(f'Expected a recording to be set between two fits, but got {teacher} in the middle of one')

@@ -45,7 +45,7 @@ class Column(ValueMetric):
     "A column of the table; a learner that is exported in the middle of a fit keeps it without values"
     def __reduce__(self): return ValueMetric,(noop,self.metric_name)
 
-# %% ../nbs/history.ipynb #926c7ed5
+# %% ../nbs/history.ipynb #44288d98
 class History:
     "The parts of the loss at each batch of a fit, smoothed"
     def __init__(self,
@@ -71,7 +71,7 @@ class History:
         return [Column(partial(self._value, k, recorder), k) for k in ('task_loss','kd_loss')]
 
     def _value(self, k, recorder):
-        if getattr(recorder, 'train_metrics', False) and not recorder.training: return None   # validation's column stays empty
+        if getattr(recorder, 'train_metrics', False) and not recorder.training: return None   # empty for validation
         return self.averages[k].value
 
 # %% ../nbs/history.ipynb #7f72f5a4

@@ -47,7 +47,7 @@ def labels_for_losses(
     pairs = [[_probabilities(y, n, ignored) for y in ys] for ys in zip(mix.yb1, learn.yb)]
     return [torch.lerp(a, b, mix.lam.view(-1, *[1]*(a.ndim-1))) for a,b in pairs]
 
-# %% ../nbs/labels.ipynb #e2e0b31a
+# %% ../nbs/labels.ipynb #50873632
 def check_labels(
     objective, # Which losses there are
     pred:Tensor, # The student's logits, (B, C, ...)
@@ -70,6 +70,6 @@ def _check_one_class(m, pred, y):
 def _check_axis(m, pred, y):
     axis = m.needs.axis
     if axis is None or not 1 < y.ndim == pred.ndim-1 or y.shape == pred.select(axis, 0).shape: return
-    raise ValueError(f'{m} takes the classes to be along axis {axis} of the predictions {tuple(pred.shape)}, which does '
-                     f'not go with labels of shape {tuple(y.shape)}. The axis is an argument: '
+    raise ValueError(f'{m} takes the classes to be along axis {axis} of the predictions {tuple(pred.shape)}, '
+                     f'which does not go with labels of shape {tuple(y.shape)}. The axis is an argument: '
                      f'`{type(m.loss).__name__}(axis=-1)`.')

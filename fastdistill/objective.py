@@ -24,14 +24,14 @@ from .losses.features import Projected
 from .losses.predictions import SoftTarget
 from .teacher import Ensemble
 
-# %% ../nbs/objective.ipynb #90e44eeb
+# %% ../nbs/objective.ipynb #98e4bc0c
 def check_weight(
     name, # What the message calls the weight
     weight, # A number, or a schedule
     most=math.inf, # The largest weight that makes sense
     cure='', # What to do about a larger one
 ):
-    "Return `weight`; raise `ValueError` unless it is a finite number from 0 to `most`; of a schedule we try eleven values"
+    "Return `weight`; raise `ValueError` unless it is a finite number from 0 to `most` (a schedule: at eleven points)"
     for w in ([weight(i/10) for i in range(11)] if callable(weight) else [weight]):
         if isinstance(w, Real) and math.isfinite(w) and 0 <= w <= most: continue
         limit = f' and at most {most}' if most < math.inf else ''
@@ -39,7 +39,7 @@ def check_weight(
                          f'but got {w!r}{cure}')
     return weight
 
-# %% ../nbs/objective.ipynb #a441c95c
+# %% ../nbs/objective.ipynb #a964bf21
 def as_loss(
     loss, # A class, a `partial`, an instance or a function
 ): # What to call
@@ -47,7 +47,8 @@ def as_loss(
     cls = loss.func if isinstance(loss, partial) else loss
     if isinstance(cls, type): loss = loss()
     _refuse_match(loss)
-    if not callable(loss): raise TypeError(f'Expected a loss to be callable, `loss(student, teacher)`, but got {loss!r}')
+    if not callable(loss):
+        raise TypeError(f'Expected a loss to be callable, `loss(student, teacher)`, but got {loss!r}')
     args = ['student','teacher'] + ['targ']*loss_needs(loss).needs_targ
     try: takes = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
     except ValueError: return loss   # a function written in C has no signature
@@ -61,10 +62,10 @@ def as_loss(
 def _refuse_match(loss):
     names = [(c.__module__,c.__qualname__) for c in type(loss).__mro__]
     if (Match.__module__,'Match') not in names: return   # by name, as a reload makes another class
-    raise TypeError(f'Expected a loss, but got a Match of {loss!r}. Give a Match its layers and its weight in one call. '
-                    'A Match that was made before fastdistill was reloaded has to be made again.')
+    raise TypeError(f'Expected a loss, but got a Match of {loss!r}. Give a Match its layers and its weight in one '
+                    'call. A Match that was made before fastdistill was reloaded has to be made again.')
 
-# %% ../nbs/objective.ipynb #2854e2cc
+# %% ../nbs/objective.ipynb #f55a26ac
 class Match:
     "One term of the distillation loss: `weight` times `loss`, on the predictions or summed over pairs of layers"
     def __init__(self,
@@ -85,7 +86,8 @@ class Match:
         self.needs,s,t = loss_needs(self.loss),self.student_layers,self.teacher_layers
         self.pairs = [f'layers {a!r} and {b!r}' for a,b in zip(s, t)] or ['predictions']   # for messages
         if len(s) != len(t):
-            raise ValueError(f'Expected as many student layers as teacher layers, but got {len(s)}, {s}, and {len(t)}, {t}')
+            raise ValueError('Expected as many student layers as teacher layers, '
+                             f'but got {len(s)}, {s}, and {len(t)}, {t}')
         if s and self.needs.on_features is False:
             raise ValueError(f'{self} compares predictions: expected no layers, but got {s} and {t}')
         if self.needs.on_features and not s:
@@ -114,7 +116,7 @@ def naming(self:Match,
         shapes = f'student {tuple(s.shape)} and teacher {tuple(t.shape)}'
         raise modify_exception(e, f'{self} cannot compare {pair}, {shapes}: {e}', replace=True)
 
-# %% ../nbs/objective.ipynb #48f90874
+# %% ../nbs/objective.ipynb #78b35b37
 @patch
 def compare(self:Match,
     student:list, # What the student computed: a feature for each layer, or its logits alone
@@ -130,7 +132,8 @@ def compare(self:Match,
 @patch
 def _compare(self:Match, loss, pair, s, t, *targ):
     with self.naming(pair, s, t):
-        if s.shape != t.shape and (not self.student_layers or isinstance(loss, _Loss)):   # PyTorch's losses would broadcast
+        broadcasts = not self.student_layers or isinstance(loss, _Loss)     # as PyTorch's losses do
+        if s.shape != t.shape and broadcasts:
             raise ValueError('expected the same shape (in predictions, the same number of classes)')
         loss = in_full_precision(loss, s, t, *targ)
         if isinstance(loss, Tensor) and not loss.ndim: return loss
@@ -218,7 +221,7 @@ def plot_schedule(self:Objective,
     ax.legend(frameon=False)
     return ax
 
-# %% ../nbs/objective.ipynb #3d4045fc
+# %% ../nbs/objective.ipynb #7424a9bb
 @patch
 def check_teacher(self:Objective,
     teacher, # A `Teacher`
@@ -226,8 +229,9 @@ def check_teacher(self:Objective,
     "Raise unless the teacher can answer every term"
     for m in (m for m in self.terms if m.teacher_layers):
         if isinstance(teacher, Ensemble):
-            raise ValueError(f'{m} compares features: expected one teacher, but got {teacher}. The features of several '
-                             'networks have no mean, because the channels of each are its own. Their predictions have one.')
+            raise ValueError(f'{m} compares features: expected one teacher, but got {teacher}. The features of '
+                             'several networks have no mean, as the channels of each are its own. '
+                             'Their predictions have one.')
         if not teacher.live:
             raise ValueError(f'{m} compares features: expected a network as the teacher, '
                              f'but {teacher} holds predictions only')

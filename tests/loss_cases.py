@@ -4,6 +4,7 @@ import pytest, torch
 from hypothesis import strategies as st
 from torch import nn
 from fastdistill.losses import *
+from fastdistill.losses.base import registered_losses
 
 def randn(seed, *shape, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)

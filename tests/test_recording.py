@@ -41,7 +41,7 @@ def test_answers_belong_to_the_inputs(tmp_path):
     class Ask(Callback):
         order = 60
         def after_pred(self):
-            if self.training: asked.append((self.knowledge_distillation._answer, teacher(self.x).detach()))
+            if self.training: asked.append((self.knowledge_distillation.batch.answer, teacher(self.x).detach()))
     for dtype,eps in (torch.float32,0.),(torch.float16,1e-3):
         rec = record_teacher(teacher, dls, tmp_path/f'{eps}', n_epoch=2, dtype=dtype)
         fit(rec, dls, 2, cbs=[Ask()])
@@ -157,7 +157,7 @@ def test_language_model_answers_by_a_plain_loop(tmp_path):
     class Keep(Callback):
         order = 60
         def after_pred(self):
-            if self.training: seen.append((self.x.clone(), self.knowledge_distillation._answer))
+            if self.training: seen.append((self.x.clone(), self.knowledge_distillation.batch.answer))
     text_learner(dls, language_model()).fit(2, cbs=[KnowledgeDistillationCallback(rec, SoftTarget(axis=-1)), Keep()])
     n = len(dls.train)
     assert len(seen) == 2*n and len({x.shape for x,_ in seen}) == 2

@@ -4,8 +4,9 @@ import pytest, torch
 from fastai.basics import Callback, DataLoaders, TfmdDL
 from fastai.callback.mixup import CutMix, MixUp
 from fastdistill import recording
-from fastdistill.callback import KnowledgeDistillationCallback as KD, Match
+from fastdistill.callback import KnowledgeDistillationCallback as KD
 from fastdistill.losses import Attention, SoftTarget
+from fastdistill.objective import Match
 from fastdistill.recording import record_teacher
 from fastdistill.recording.files import part_of
 from fastdistill.teacher import Ensemble, Teacher
