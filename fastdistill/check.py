@@ -35,7 +35,7 @@ def _gradient_norm(loss, model):
     grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
     return math.hypot(*[_norm(g) for g in grads if g is not None])
 
-# %% ../nbs/check.ipynb #228a7a2d
+# %% ../nbs/check.ipynb #24c5670e
 _columns = ['term','student layer','shape','teacher layer','shape ','adapted',
             'loss','weight','weighted loss','gradient norm']
 
@@ -45,7 +45,8 @@ def _largest(objective):
 
 def _pairs(m, s, t):
     "For each pair of features that `m` compares: their layers and shapes, and what makes the shapes equal"
-    for a,b,fs,ft in zip(m.student_layers or [''], m.teacher_layers or [''], s, t):
+    names = m.calls(m.student_layers or [''], m.teacher_layers or [''])
+    for (a,b),(fs,ft) in zip(names, m.calls(s, t)):
         pooled = a and fs.ndim == ft.ndim == 4 and fs.shape[2:] != ft.shape[2:]
         adapted = ['projector']*bool(a and m.needs.builds) + ['pooled']*bool(pooled)
         yield {'student layer':a, 'shape':tuple(fs.shape[1:]), 'teacher layer':b, 'shape ':tuple(ft.shape[1:]),
@@ -132,7 +133,7 @@ def weak_teacher(
     shown = ', '.join(f'{m} {s[m]:.4g} against {t[m]:.4g}' for m in better)
     return [f'The student is already better than the teacher ({shown}): it may learn little from it']
 
-# %% ../nbs/check.ipynb #4df7e574
+# %% ../nbs/check.ipynb #6be0c0a8
 def distant_layers(
     student:nn.Module, # The student
     teacher:Teacher, # The teacher
@@ -141,7 +142,7 @@ def distant_layers(
     most:float=0.4, # The largest distance that is no concern, as a share of the depth
 ) -> list: # Texts
     "Are there pairs of layers that are far apart?"
-    pairs = {p for m in terms for p in zip(m.student_layers, m.teacher_layers)}
+    pairs = {p for m in terms for p in m.calls(m.student_layers, m.teacher_layers)}
     if not pairs: return []
     xb_t = xb if teacher.input_tfm is None else teacher.input_tfm(*xb)
     s,t = (layer_shapes(*o).set_index('layer').depth for o in ((student, xb), (teacher.model, xb_t)))
