@@ -77,7 +77,7 @@ class KnowledgeDistillationCallback(SharedCallback):
         if self._fit is not None: self._fit.close()
         self._fit = None
 
-# %% ../nbs/callback.ipynb #5acc9f31
+# %% ../nbs/callback.ipynb #f2a4a8a7
 @patch(as_prop=True)
 def matches(self:KnowledgeDistillationCallback) -> list: # `Match`es
     "The terms of the distillation loss"
@@ -108,7 +108,7 @@ def batch(self:KnowledgeDistillationCallback): # `Batch`, or `None` between two 
     "What student and teacher computed of the running batch"
     return None if self._fit is None else self._fit.batch
 
-# %% ../nbs/callback.ipynb #f1e34e35
+# %% ../nbs/callback.ipynb #7513fb12
 @patch
 def __deepcopy__(self:KnowledgeDistillationCallback, memo):
     res = super(KnowledgeDistillationCallback, self).__deepcopy__(memo)

@@ -49,7 +49,7 @@ class SharedCallback(Callback):
         known = event_name == 'after_fit' or hasattr(type(self), event_name) or event_name in self.__dict__
         if known: return super().__call__(event_name)
 
-# %% ../nbs/shared_callback.ipynb #ca3532fa
+# %% ../nbs/shared_callback.ipynb #4b19e038
 @patch
 def _choose_learner(self:SharedCallback):
     "Of several learners that hold this callback, take the one whose fit starts"
@@ -72,7 +72,7 @@ def _starts_fit(learn):
     new = isinstance(loss, Tensor) and not hasattr(loss, 'of_a_fit') and not loss.any()
     return new and learn.__dict__.get('train_iter') == 0
 
-# %% ../nbs/shared_callback.ipynb #a1cdc0e3
+# %% ../nbs/shared_callback.ipynb #d41fb55f
 @patch
 def __reduce_ex__(self:SharedCallback, protocol):
     items = getattr(self._learn and self._learn.dls, 'train_ds', None)
