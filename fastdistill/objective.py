@@ -20,8 +20,8 @@ from torch import nn, Tensor
 from torch.nn.modules.loss import _Loss
 from .layers import get_layer
 from .losses.base import in_full_precision, loss_needs
-from .losses.features import Projected
 from .losses.predictions import SoftTarget
+from .losses.projected import Projected
 from .teacher import Ensemble
 
 # %% ../nbs/objective.ipynb #98e4bc0c
