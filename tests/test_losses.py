@@ -1,9 +1,10 @@
 "Losses against the formulas of the papers in NumPy, by hand, and on labels and arguments of every kind."
-import json, re
+import json, re, runpy
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 import numpy as np
+import pandas as pd
 import pytest, torch
 from hypothesis import assume, given, settings, strategies as st
 from scipy.special import softmax
@@ -38,6 +39,38 @@ def test_a_loss_says_what_it_needs(name):
     assert bool(needs.kinds) == (needs.on_features is not False)
     if needs.on_features is False and name not in ('Logits','TeacherBounded'): assert needs.axis == 1 and needs.single_label is not None
     assert not needs.builds or needs.trains
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    "What a file of benchmarks/ defines; it runs nothing"
+    monkeypatch.syspath_prepend(root/'benchmarks')
+    return lambda name: runpy.run_path(str(root/f'benchmarks/{name}.py'))
+
+def test_a_new_loss_joins_the_benchmarks(benchmark):
+    "With settings for a loss that they do not name; losses that they leave out cannot run there"
+    class OnMaps(Cosine): least_positions = 2
+    class OnVectors(Cosine): kinds = (2,)
+    class OnLogits(SoftTarget): pass
+    bench = benchmark('losses')
+    found = bench['settings']([*registered_losses.values(), OnMaps, OnVectors, OnLogits])
+    assert {type(loss) for loss,_ in found} == {*registered_losses.values(), OnMaps, OnLogits} - {MultiLabelSoftTarget,TeacherBounded}     # a digit has one class
+    (a,b),(c,d) = ([kw for (loss,_),kw in found.items() if type(loss) is cls] for cls in (OnMaps,OnLogits))
+    assert [kw['weight'] for kw in (a,b,c,d)] == [.1,1,.1,1] and {kw['task_weight'] for kw in (a,b,c,d)} == {1.}
+    assert isinstance(a['loss'].loss, Projected) and len(a['loss'].student_layers) == 3 and isinstance(c['loss'], OnLogits)
+    assert {type(loss) for loss in benchmark('loss_cost')['every']} == {*registered_losses.values()} - {TeacherBounded}     # which takes values
+
+def test_some_rows_of_a_benchmark_again(benchmark):
+    "They take the place of the old ones, new ones stand in order, and the others do not change"
+    rows = benchmark('rows')
+    table = pd.read_csv(root/'benchmarks/losses.csv')
+    order,names = [*dict.fromkeys(table.loss[1:])],['SoftTarget','FitNet','PKT']
+    again = table[[True,*(bool(re.match('SoftTarget|FitNet|PKT', loss)) for loss in table.loss[1:])]].assign(accuracy=.5)
+    found = rows['replace_rows'](table, again, names, order)
+    pd.testing.assert_frame_equal(found.drop(columns='accuracy'), table.drop(columns='accuracy'))
+    new = found.loss.isin(again.loss[1:])
+    assert (found.accuracy[new] == .5).all() and (found.accuracy[~new] == table.accuracy[~new]).all() and not new[0]
+    pd.testing.assert_frame_equal(rows['replace_rows'](table[~table.loss.isin(again.loss[1:])], table[table.loss.isin(again.loss)| (table.index == 0)], names, order), table)
+    assert rows['names_one_of']('Projected(Cosine()), 4', ['Cosine']) and not rows['names_one_of']('MultiLabelSoftTarget(T=1.0)', names)
 
 def test_a_loss_of_ones_own_is_not_registered():
     before = dict(registered_losses)
