@@ -2,7 +2,8 @@
 from .losses import *
 from .layers import get_model_layers
 from .matching import layer_shapes, match_layers
-from .teacher import Ensemble, Teacher
+from .ensemble import Ensemble
+from .teacher import Teacher
 from .objective import Match
 from .callback import KnowledgeDistillationCallback, ShowDistillationGraph
 from .recording import TeacherRecording, record_teacher

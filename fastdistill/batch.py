@@ -13,7 +13,7 @@ from .data import get_logits
 from .history import Transfer
 from .labels import labels_for_losses
 
-# %% ../nbs/batch.ipynb #55ec10bd
+# %% ../nbs/batch.ipynb #5403fa6e
 class Batch:
     "One batch of a fit, from the prediction to the step"
     def __init__(self,
@@ -40,7 +40,7 @@ class Batch:
     def features(self) -> list: # For each term a pair of lists of tensors: the student's, the teacher's
         "What each term compares: features, or the logits alone"
         predictions = [self.pred],[self.answer]
-        return [(s.features, t.features) if len(s) else predictions for s,t in self.hooks]
+        return [(list(s.features), list(t.features)) if len(s) else predictions for s,t in self.hooks]
 
     @cached_property
     def labels(self) -> list: # Nothing if no loss needs them

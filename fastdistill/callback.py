@@ -15,10 +15,11 @@ from .history import History
 from .losses.predictions import SoftTarget
 from .objective import Match, Objective
 from .shared_callback import SharedCallback
-from .teacher import Teacher, as_teacher
+from .ensemble import as_teacher
+from .teacher import Teacher
 from .trained import Trained
 
-# %% ../nbs/callback.ipynb #1f8e7c23
+# %% ../nbs/callback.ipynb #20b27810
 class KnowledgeDistillationCallback(SharedCallback):
     "Train the student on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
@@ -27,13 +28,14 @@ class KnowledgeDistillationCallback(SharedCallback):
     trained = Trained()
     def __init__(self,
         teacher, # `nn.Module`, `Learner`, `Teacher`, `TeacherRecording`, or a list of models, an ensemble
-        loss=SoftTarget, # A loss (class, `partial`, instance, function), a `Match`, or a list of these
+        loss=SoftTarget, # A loss (class, `partial`, instance, function), a `Match`, a list of these, or an `Objective`
         student_layers:str|list=None, # For a loss on features: names of the student's layers
         teacher_layers:str|list=None, # For a loss on features: names of the teacher's layers, in the same order
         weight:float=0.5, # Weight of the distillation loss: a number, or a schedule such as `SchedCos(0,.9)`
         task_weight:float=None, # Weight of the learner's own loss, likewise; 1-weight by default
     ):
-        self.objective = Objective(loss, student_layers, teacher_layers, weight, task_weight)
+        given = isinstance(loss, Objective)
+        self.objective = loss if given else Objective(loss, student_layers, teacher_layers, weight, task_weight)
         self.teacher = teacher
 
     @property

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['weak_teacher', 'distant_layers', 'unequal_losses', 'DistillCheck', 'callback_of']
 
-# %% ../nbs/check.ipynb #a86e79e2
+# %% ../nbs/check.ipynb #8e793708
 import math
 from html import escape
 import matplotlib.pyplot as plt
@@ -17,7 +17,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
 from .callback import KnowledgeDistillationCallback
-from .concerns import concerns, guessing, no_better_than_chance
+from .concerns import look, no_better_than_chance, says_guessing
 from .data import alike, describe_data
 from .matching import layer_shapes
 from .measure import comp_for, model_size, started, time_forward, validate_teacher
@@ -35,7 +35,7 @@ def _gradient_norm(loss, model):
     grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
     return math.hypot(*[_norm(g) for g in grads if g is not None])
 
-# %% ../nbs/check.ipynb #228a7a2d
+# %% ../nbs/check.ipynb #24c5670e
 _columns = ['term','student layer','shape','teacher layer','shape ','adapted',
             'loss','weight','weighted loss','gradient norm']
 
@@ -45,7 +45,8 @@ def _largest(objective):
 
 def _pairs(m, s, t):
     "For each pair of features that `m` compares: their layers and shapes, and what makes the shapes equal"
-    for a,b,fs,ft in zip(m.student_layers or [''], m.teacher_layers or [''], s, t):
+    names = m.calls(m.student_layers or [''], m.teacher_layers or [''])
+    for (a,b),(fs,ft) in zip(names, m.calls(s, t)):
         pooled = a and fs.ndim == ft.ndim == 4 and fs.shape[2:] != ft.shape[2:]
         adapted = ['projector']*bool(a and m.needs.builds) + ['pooled']*bool(pooled)
         yield {'student layer':a, 'shape':tuple(fs.shape[1:]), 'teacher layer':b, 'shape ':tuple(ft.shape[1:]),
@@ -56,7 +57,7 @@ def _table(rows):
     table['weighted loss'],table['gradient norm'] = table.weight*table.loss,table.weight*table['gradient norm']
     return table.reindex(columns=_columns).fillna({c:'' for c in _columns[1:6]})
 
-# %% ../nbs/check.ipynb #8a206797
+# %% ../nbs/check.ipynb #6902e520
 class _FirstBatch(Callback):
     "Look at the first batch, and end the fit before its gradients"
     order = KnowledgeDistillationCallback.order-1
@@ -65,7 +66,7 @@ class _FirstBatch(Callback):
 
     def before_backward(self):
         batch = self.kd.batch
-        self.inputs,self.concerns,self.guessing = batch.xb,concerns(batch),guessing(batch)
+        self.inputs,self.concerns = batch.xb,look(batch)
         self._look_at_terms(batch)
         raise CancelFitException()
 
@@ -114,7 +115,7 @@ def _compare_data(teacher, student):
     columns = dict(teacher=[brief(teacher.get(k)) for k in keys], student=[brief(student.get(k)) for k in keys])
     return pd.DataFrame({**columns, 'same':[same(k) for k in keys]}, index=keys)
 
-# %% ../nbs/check.ipynb #817bc761
+# %% ../nbs/check.ipynb #199903d9
 def weak_teacher(
     models:pd.DataFrame, # Rows 'teacher' and 'student', columns 'valid_loss' and then the metrics
     right:tuple, # The teacher's right predictions, of how many items, of how many classes
@@ -123,9 +124,7 @@ def weak_teacher(
     "Is the teacher no better than chance on the validation set, or worse than the student?"
     k,n,c = right
     if no_better_than_chance(k, n, c):
-        return [f'On the validation set the teacher names the class of {k} items of {n}, no more than guessing would: '
-                'are its classes in another order, or does it expect other inputs, which '
-                '`Teacher(model, input_tfm=...)` can make?']
+        return [says_guessing(k, n, 'On the validation set the')]
     if 'valid_loss' not in models or models.isna().loc['teacher','valid_loss']: return []
     metrics = models.columns[models.columns.get_loc('valid_loss')+1:]
     better = {m:c for m in metrics if (c := comp_for(m) or comp)} or {'valid_loss':np.less}
@@ -134,7 +133,7 @@ def weak_teacher(
     shown = ', '.join(f'{m} {s[m]:.4g} against {t[m]:.4g}' for m in better)
     return [f'The student is already better than the teacher ({shown}): it may learn little from it']
 
-# %% ../nbs/check.ipynb #4df7e574
+# %% ../nbs/check.ipynb #6be0c0a8
 def distant_layers(
     student:nn.Module, # The student
     teacher:Teacher, # The teacher
@@ -143,7 +142,7 @@ def distant_layers(
     most:float=0.4, # The largest distance that is no concern, as a share of the depth
 ) -> list: # Texts
     "Are there pairs of layers that are far apart?"
-    pairs = {p for m in terms for p in zip(m.student_layers, m.teacher_layers)}
+    pairs = {p for m in terms for p in m.calls(m.student_layers, m.teacher_layers)}
     if not pairs: return []
     xb_t = xb if teacher.input_tfm is None else teacher.input_tfm(*xb)
     s,t = (layer_shapes(*o).set_index('layer').depth for o in ((student, xb), (teacher.model, xb_t)))
@@ -208,7 +207,7 @@ class DistillCheck:
         tables = [f'<p>{k}</p>{t.to_html()}' for k,t in self._tables().items()]
         return ''.join(tables + [f'<p>{escape(t)}</p>' for t in self._texts()])
 
-# %% ../nbs/check.ipynb #a15d0906
+# %% ../nbs/check.ipynb #c300981c
 def callback_of(
     learn:Learner, # Any learner
     kd=None, # The callback to use
@@ -232,7 +231,7 @@ def distill_check(self:Learner,
     with untouched(self, kd, dl), self.no_bar(): self.fit(1, cbs=[first, *added])
     models,right = _compare_models(self, kd.teacher, first.inputs, dl, n)
     enough = no_better_than_chance(0, *right[1:])     # the validation set tells better than a batch
-    found = [c for c in first.concerns if not (enough and c in first.guessing)]
+    found = [c for name,texts in first.concerns.items() for c in texts if not (enough and name == 'guessing')]
     found += weak_teacher(models, right, comp) + distant_layers(self.model, kd.teacher, kd.matches, first.inputs)
     found += unequal_losses(kd.objective, *first.norms)
     return DistillCheck(models, _compare_data(kd.teacher.data, describe_data(self.dls)), first.terms, found)

@@ -5,11 +5,9 @@
 # %% auto #0
 __all__ = ['Epoch']
 
-# %% ../nbs/epoch.ipynb #26329c37
+# %% ../nbs/epoch.ipynb #4a5632db
 from contextlib import ExitStack
 import torch
-from fastai.callback.rnn import ModelResetter
-from fastai.torch_core import one_param
 from torch import Tensor
 from .layers import FeatureHooks, unwrap_model
 
@@ -36,20 +34,19 @@ def check_teacher(teacher, student):
         raise ValueError(f'Expected a teacher of its own, but {teacher} is the student or has weights in common '
                          'with it. A `deepcopy` of the student would do.')
 
-# %% ../nbs/epoch.ipynb #0c398f3e
+# %% ../nbs/epoch.ipynb #a1fb8f0c
 class Epoch:
     "One training epoch: hooks on both models, the teacher ready to answer"
     def __init__(self, learn, objective, teacher):
         model,student = learn.model,unwrap_model(learn.model)
+        teacher.start_for(learn)   # the fit stops it
+        learn.dl = teacher.batches(learn)
         with ExitStack() as undo:
             self.inputs = WatchedInputs()
             undo.callback(model.register_forward_pre_hook(self.inputs).remove)
             def hooks(*args, **kwargs): return undo.enter_context(FeatureHooks(*args, **kwargs))
             self.hooks = [(hooks(model, m.student_layers, 'student', with_graph=True),
                            hooks(teacher.model, m.teacher_layers, 'teacher')) for m in objective.terms]
-            resets = any(isinstance(cb, ModelResetter) for cb in learn.cbs)
-            teacher.start(one_param(student).device, reset=resets)   # the fit stops it
-            learn.dl = teacher.batches(learn)
             self.buffers = [(b,b.clone()) for b in student.buffers()]   # until its first batch has succeeded
             self.undo = undo.pop_all()
 

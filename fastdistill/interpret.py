@@ -22,7 +22,7 @@ from .layers import FeatureHooks
 from .losses.features import Attention
 from .measure import TeacherModule
 from .plots import no_formulas, plot_bars, plot_counts, show_item
-from .teacher import as_teacher
+from .ensemble import as_teacher
 from .untouched import untouched
 
 # %% ../nbs/interpret.ipynb #0a70f17f

@@ -14,7 +14,7 @@ import torch
 from fastai.torch_core import one_param, to_device
 from torch import nn, Tensor
 from .layers import unwrap_model
-from .teacher import as_teacher
+from .ensemble import as_teacher
 
 # %% ../nbs/matching.ipynb #b0a0abfe
 def _tuple(x): return tuple(x) if isinstance(x, (list,tuple)) else (x,)

@@ -111,15 +111,14 @@ def _in_form(pred, logits, out=None):
     vars(pred).update(dict.fromkeys(vars(pred)), logits=logits)
     return pred
 
-# %% ../nbs/measure.ipynb #3e813052
+# %% ../nbs/measure.ipynb #a408a405
 @contextmanager
 def started(
     teacher:Teacher, # A teacher that has a network
     learn:Learner, # The learner whose batches it will answer
 ):
     "Start `teacher` on the device of `learn`, and stop it at the end; its hidden state is reset if the student's is"
-    resets = any(isinstance(cb, ModelResetter) for cb in learn.cbs)
-    teacher.start(one_param(learn.model).device, resets)
+    teacher.start_for(learn)
     try: yield teacher
     finally: teacher.stop()
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Match', 'Objective']
 
-# %% ../nbs/objective.ipynb #157b2cf0
+# %% ../nbs/objective.ipynb #f20782cd
 import inspect, math
 from contextlib import contextmanager
 from copy import deepcopy
@@ -18,11 +18,9 @@ from fastcore.basics import listify, patch
 from fastcore.xtras import modify_exception
 from torch import nn, Tensor
 from torch.nn.modules.loss import _Loss
-from .layers import get_layer
 from .losses.base import in_full_precision, loss_needs
 from .losses.predictions import SoftTarget
 from .losses.projected import Projected
-from .teacher import Ensemble
 
 # %% ../nbs/objective.ipynb #98e4bc0c
 def check_weight(
@@ -39,7 +37,7 @@ def check_weight(
                          f'but got {w!r}{cure}')
     return weight
 
-# %% ../nbs/objective.ipynb #a964bf21
+# %% ../nbs/objective.ipynb #86e560b3
 def as_loss(
     loss, # A class, a `partial`, an instance or a function
 ): # What to call
@@ -47,8 +45,7 @@ def as_loss(
     cls = loss.func if isinstance(loss, partial) else loss
     if isinstance(cls, type): loss = loss()
     _refuse_match(loss)
-    if not callable(loss):
-        raise TypeError(f'Expected a loss to be callable, `loss(student, teacher)`, but got {loss!r}')
+    if not callable(loss): raise TypeError(f'Expected a callable loss, `loss(student, teacher)`, but got {loss!r}')
     args = ['student','teacher'] + ['targ']*loss_needs(loss).needs_targ
     try: takes = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
     except ValueError: return loss   # a function written in C has no signature
@@ -60,12 +57,12 @@ def as_loss(
     return loss
 
 def _refuse_match(loss):
-    names = [(c.__module__,c.__qualname__) for c in type(loss).__mro__]
-    if (Match.__module__,'Match') not in names: return   # by name, as a reload makes another class
+    "By the name of its class, as a reload makes another class"
+    if (Match.__module__,'Match') not in [(c.__module__,c.__qualname__) for c in type(loss).__mro__]: return
     raise TypeError(f'Expected a loss, but got a Match of {loss!r}. Give a Match its layers and its weight in one '
                     'call. A Match that was made before fastdistill was reloaded has to be made again.')
 
-# %% ../nbs/objective.ipynb #f55a26ac
+# %% ../nbs/objective.ipynb #2833e259
 class Match:
     "One term of the distillation loss: `weight` times `loss`, on the predictions or summed over pairs of layers"
     def __init__(self,
@@ -84,7 +81,7 @@ class Match:
 
     def _check_layers(self):
         self.needs,s,t = loss_needs(self.loss),self.student_layers,self.teacher_layers
-        self.pairs = [f'layers {a!r} and {b!r}' for a,b in zip(s, t)] or ['predictions']   # for messages
+        self.pairs = [f'layers {a!r} and {b!r}' for a,b in self.calls(s, t)] or ['predictions']   # for messages
         if len(s) != len(t):
             raise ValueError('Expected as many student layers as teacher layers, '
                              f'but got {len(s)}, {s}, and {len(t)}, {t}')
@@ -93,6 +90,13 @@ class Match:
         if self.needs.on_features and not s:
             raise ValueError(f'{self} compares features: expected the names of layers of student and teacher, '
                              'but got none. `get_model_layers(model)` lists them.')
+
+    def calls(self,
+        student:list, # Something for each layer of the student: a name, a feature, a shape
+        teacher:list, # Likewise for the teacher
+    ) -> list: # Pairs
+        "What the loss is called with, call by call"
+        return list(zip(student, teacher))
 
     @property
     def name(self): # 'Attention'
@@ -116,7 +120,7 @@ def naming(self:Match,
         shapes = f'student {tuple(s.shape)} and teacher {tuple(t.shape)}'
         raise modify_exception(e, f'{self} cannot compare {pair}, {shapes}: {e}', replace=True)
 
-# %% ../nbs/objective.ipynb #78b35b37
+# %% ../nbs/objective.ipynb #067fe2d1
 @patch
 def compare(self:Match,
     student:list, # What the student computed: a feature for each layer, or its logits alone
@@ -127,7 +131,8 @@ def compare(self:Match,
     "The loss of each pair; raises what the loss raises, and `ValueError` where shapes would be broadcast"
     if not self.needs.needs_targ: targ = ()
     losses = losses or [self.loss]*len(student)
-    return [self._compare(*o, *targ) for o in zip(losses, self.pairs, student, teacher)]
+    return [self._compare(loss, pair, s, t, *targ)
+            for loss,pair,(s,t) in zip(losses, self.pairs, self.calls(student, teacher))]
 
 @patch
 def _compare(self:Match, loss, pair, s, t, *targ):
@@ -150,7 +155,7 @@ def __call__(self:Match,
     loss = reduce(add, self.compare(student, teacher, *targ, losses=losses))
     return loss if self.weight == 1 else self.weight*loss
 
-# %% ../nbs/objective.ipynb #225f9ba5
+# %% ../nbs/objective.ipynb #75075708
 @patch
 def build(self:Match,
     student:list, # What the student computed: a feature for each layer, or its logits alone
@@ -158,7 +163,7 @@ def build(self:Match,
 ) -> nn.ModuleList: # A loss for each pair; empty if the loss has nothing to train
     "Copies of a loss that has parameters, or that makes them with its method `build(student, teacher)`"
     if not self.needs.trains: return nn.ModuleList()
-    return nn.ModuleList(self._build(*o) for o in zip(self.pairs, student, teacher))
+    return nn.ModuleList(self._build(pair, s, t) for pair,(s,t) in zip(self.pairs, self.calls(student, teacher)))
 
 @patch
 def _build(self:Match, pair, s, t):
@@ -167,7 +172,7 @@ def _build(self:Match, pair, s, t):
         with self.naming(pair, s, t): in_full_precision(loss.build, s.detach(), t)
     return loss
 
-# %% ../nbs/objective.ipynb #f16dba52
+# %% ../nbs/objective.ipynb #228ebf9b
 class Objective:
     "Minimise `task_weight * task_loss + weight * kd_loss`, where `kd_loss` is a sum of terms"
     def __init__(self,
@@ -203,10 +208,23 @@ class Objective:
         return [n if names.count(n) == 1 else f'{n} {names[:i].count(n)+1}' for i,n in enumerate(names)]
 
     def __repr__(self):
-        w,tw = ('schedule' if callable(o) else o for o in (self.weight,self.task_weight))
-        if tw is None: tw = '(1 - schedule)' if w == 'schedule' else round(1-w, 12)
+        w,tw = ('schedule' if callable(o) else f'{o:g}' if o is not None else o for o in (self.weight,self.task_weight))
+        if tw is None: tw = '(1 - schedule)' if w == 'schedule' else f'{1-self.weight:g}'
         terms = [f'{m!r}' if m.weight == 1 else f'{m.weight:g} * {m!r}' for m in self.terms]
         return f'{tw} * task_loss + {w} * ({" + ".join(terms)})'
+
+# %% ../nbs/objective.ipynb #7555bead
+@patch
+def replace(self:Objective,
+    weight:float, # Weight of the distillation loss
+    T:float=None, # Temperature of the losses that have one; their own by default
+) -> Objective:
+    "A copy with another weight and temperature; if the task's weight was given, it stays"
+    res = deepcopy(self)
+    res.weight = check_weight('weight', weight)
+    for m in res.terms:
+        if T is not None and m.needs.T is not None: m.loss.T = T
+    return res
 
 # %% ../nbs/objective.ipynb #9c19ee70
 @patch
@@ -221,18 +239,12 @@ def plot_schedule(self:Objective,
     ax.legend(frameon=False)
     return ax
 
-# %% ../nbs/objective.ipynb #7424a9bb
+# %% ../nbs/objective.ipynb #057c5080
 @patch
 def check_teacher(self:Objective,
     teacher, # A `Teacher`
 ):
-    "Raise unless the teacher can answer every term"
+    "Raise unless the teacher has the layers of every term"
     for m in (m for m in self.terms if m.teacher_layers):
-        if isinstance(teacher, Ensemble):
-            raise ValueError(f'{m} compares features: expected one teacher, but got {teacher}. The features of '
-                             'several networks have no mean, as the channels of each are its own. '
-                             'Their predictions have one.')
-        if not teacher.live:
-            raise ValueError(f'{m} compares features: expected a network as the teacher, '
-                             f'but {teacher} holds predictions only')
-        for n in m.teacher_layers: get_layer(teacher.model, n, 'teacher')
+        try: teacher.check_layers(m.teacher_layers)
+        except ValueError as e: raise modify_exception(e, f'{m} compares features: {e}', replace=True)

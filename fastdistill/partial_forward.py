@@ -13,7 +13,7 @@ from types import ModuleType
 from .layers import tensor_version, unwrap_model
 from torch import fx, nn, Tensor
 
-# %% ../nbs/partial_forward.ipynb #51492c74
+# %% ../nbs/partial_forward.ipynb #7f4ccce4
 class StopForward(Exception):
     "Ends a forward pass after the last layer that is needed"
 
@@ -24,7 +24,7 @@ def stop_after(
     hooks = [h for hs in hooks for h in hs]
     if not hooks or any(h.calls != 1 for h in hooks): return False
     def stop():
-        if all(h.calls for h in hooks): raise StopForward()
+        if all(h.calls for h in hooks): raise StopForward('All features are there: the pass can end')
     for h in hooks: h.on_capture = stop
     return True
 

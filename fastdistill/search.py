@@ -72,7 +72,7 @@ def plot(self:WeightSearch,
     ax.spines[['top','right']].set_visible(False)
     return ax
 
-# %% ../nbs/search.ipynb #dd0006c6
+# %% ../nbs/search.ipynb #33ba6356
 def _monitor(learn, name, comp):
     "The column that decides; raises `ValueError` where it is not known, or not which values are better"
     metrics = learn.metrics.attrgot('name')
@@ -83,14 +83,7 @@ def _monitor(learn, name, comp):
     raise ValueError(f'Expected comp=np.less or comp=np.greater: the name {name!r} does not tell '
                      'whether less of it is better or more')
 
-def _with(kd, weight, T):
-    "The same callback with another weight and temperature; if the task's weight was given, it stays"
-    matches = [deepcopy(m) for m in kd.matches]
-    for m in matches:
-        if T is not None and hasattr(m.loss, 'T'): m.loss.T = T
-    return KnowledgeDistillationCallback(kd.teacher, matches, weight=weight, task_weight=kd.task_weight)
-
-# %% ../nbs/search.ipynb #0db7cf70
+# %% ../nbs/search.ipynb #4bb70aad
 @patch
 def weight_finder(self:Learner,
     kd:KnowledgeDistillationCallback=None, # What a fit would get; the one on the learner by default
@@ -104,13 +97,14 @@ def weight_finder(self:Learner,
 ) -> WeightSearch: # Shows itself as a table, with a suggestion
     "Try weights, and temperatures, in short fits of the learner, which is left as it was"
     kd = callback_of(self, kd)
-    if temperatures and not any(hasattr(m.loss, 'T') for m in kd.matches):
+    if temperatures and not any(m.needs.T for m in kd.matches):
         raise ValueError(f'{", ".join(map(str, kd.matches))}: no temperature to try')
     monitor = _monitor(self, monitor, comp)
     tried = [(0., None)] + [(float(w), T) for T in temperatures or [None] for w in weights if w]
     rows = []
     for w,T,seed in progress_bar([(*o, s) for o in tried for s in range(seeds)], leave=False):
-        values = _try(self, _with(kd, w, T), n_epoch, lr, seed)
+        trial = KnowledgeDistillationCallback(kd.teacher, kd.objective.replace(w, T))
+        values = _try(self, trial, n_epoch, lr, seed)
         rows.append({'weight':w, **({'T':T} if temperatures else {}), 'seed':seed, **values})
     return WeightSearch(pd.DataFrame(rows), monitor, comp)
 

@@ -1,4 +1,5 @@
 "Every loss of the package, what to call it with, and numbers to compare: for the tests of losses."
+from copy import deepcopy
 import numpy as np
 import pytest, torch
 from hypothesis import strategies as st
@@ -8,7 +9,7 @@ from fastdistill.losses.base import registered_losses
 
 def randn(seed, *shape, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-def built(loss, s, t): return loss.build(s.detach(), t) if loss_needs(loss).builds else loss
+def built(loss, s, t): return deepcopy(loss).build(s.detach(), t) if loss_needs(loss).builds else loss     # as `Match` does
 def np64(*xs): return [x.detach().double().numpy() for x in xs]
 
 sizes,seeds,temps = st.integers(1,4),st.integers(0,10**6),st.floats(0.5,20)

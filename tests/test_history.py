@@ -1,12 +1,9 @@
-"The parts of the loss: recorded at each batch, drawn as curves, and what a fit warns of at its first batch."
-import warnings
+"The parts of the loss: recorded at each batch, drawn as curves."
 from types import SimpleNamespace
 import numpy as np, pytest
 from fastai.basics import Callback, Learner
-from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import SchedCos
-from conftest import data, learner, net
-from test_measure import Permuted
+from conftest import learner, net
 from fastdistill.all import *
 
 def new(trained): return learner(net(4), trained.dls)
@@ -49,16 +46,3 @@ def test_live_graph(trained):
     (_,lines,(x0,x1),(y0,y1)) = drawn[-1]
     assert [len(y) for _,y in lines] == [8,2,8,8] and (x0,x1,y0) == (0,8,0) and y1 == max(max(y) for _,y in lines)
     with pytest.raises(ValueError, match='beside ShowDistillationGraph'): fit()
-
-def test_the_fit_warns_at_its_first_batch(trained):
-    bad = KnowledgeDistillationCallback(Permuted(trained.model), SoftTarget)
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter('always')
-        new(trained).fit(2, cbs=bad)
-    assert len([w for w in found if 'guessing' in str(w.message)]) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        for kd in (KnowledgeDistillationCallback(trained, SoftTarget), KnowledgeDistillationCallback(trained, Attention, '0', '0', weight=0.9)): new(trained).fit(1, cbs=kd)
-        new(trained).fit(1, cbs=[bad, MixUp()])          # labels are mixed: cannot be told
-        small = data(24, 4)
-        learner(net(4), small).fit(1, cbs=bad)           # too few

@@ -9,7 +9,8 @@ from fastdistill.losses import Attention, SoftTarget
 from fastdistill.objective import Match
 from fastdistill.recording import record_teacher
 from fastdistill.recording.files import part_of
-from fastdistill.teacher import Ensemble, Teacher
+from fastdistill.ensemble import Ensemble
+from fastdistill.teacher import Teacher
 from torch import nn
 from conftest import data, learner, loaders, net, same_state, state
 from recording_helpers import brighter, cnn, Counting, fit, images, is_another, refuses

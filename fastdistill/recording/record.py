@@ -16,7 +16,7 @@ from .batches import seeded, texts_in_order
 from .replay import TeacherRecording
 from .same import check_loader
 from .session import RecordingSession
-from ..teacher import as_teacher
+from ..ensemble import as_teacher
 
 # %% ../../nbs/recording/record.ipynb #0361cc64
 def record_teacher(

@@ -17,7 +17,7 @@ from .fingerprints import leaves
 from .same import check_inputs, check_loader, differences, setup_of
 from ..teacher import Teacher
 
-# %% ../../nbs/recording/replay.ipynb #e2c4a034
+# %% ../../nbs/recording/replay.ipynb #1d2fde8d
 class TeacherRecording(Teacher):
     "The recorded answers of a teacher, in its place"
     live = False     # it can only answer what it was asked before
@@ -35,6 +35,9 @@ class TeacherRecording(Teacher):
 
     def start(self, device, reset=False):
         "There is nothing to start"
+    def check_layers(self, names):
+        "Raise `ValueError`: there are none"
+        raise ValueError(f'expected a network as the teacher, but {self} holds predictions only')
     def stop(self):
         "Forget the batches"
         self.epoch = None
