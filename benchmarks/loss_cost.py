@@ -2,6 +2,7 @@
 
     python benchmarks/loss_cost.py                       # ResNet18, 64 px, batch 64, on the CPU
     python benchmarks/loss_cost.py --device cuda --size 224
+    python benchmarks/loss_cost.py --only Attention      # the rows of these losses alone; the others stay as they are in loss_cost.csv
 
 The teacher's features have the student's channels, as ResNet34's have; rows with a projector have a teacher of four times as many, as ResNet50's.
 Each round times one pass of every row, in rotating order; a ratio is taken within its round. Peak memory of a row is what it adds to the resident memory
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torchvision import models
 from fastdistill.losses import *
 from fastdistill.losses.base import registered_losses
+from rows import names_one_of, replace_rows
 from timing import machine, peak_mb, time_rounds
 
 def parse():
@@ -25,11 +27,17 @@ def parse():
     p.add_argument('--classes', type=int, default=100)
     p.add_argument('--device', default='cpu')
     p.add_argument('--rounds', type=int, default=20)
+    p.add_argument('--only', nargs='+', metavar='NAME', choices=list(registered_losses), default=[], help='some losses by name')
     p.add_argument('--memory_of', help=argparse.SUPPRESS)
     return p.parse_args()
 
-variants = {SoftTarget:[SoftTarget(), SoftTarget(standardize=True)], RKD:[RKD(angle=0), RKD()], TeacherBounded:[]}     # which takes values, no logits
-every = [loss for cls in registered_losses.values() for loss in variants.get(cls, [cls()])]
+def can_run(cls):
+    "Stages are maps, and the labels are classes, no values as for TeacherBounded"
+    needs = loss_needs(cls)
+    return not (needs.needs_targ and needs.single_label is False) and (not needs.kinds or 4 in needs.kinds)
+
+variants = {SoftTarget:[SoftTarget(), SoftTarget(standardize=True)], RKD:[RKD(angle=0), RKD()]}
+every = [loss for cls in registered_losses.values() if can_run(cls) for loss in variants.get(cls, [cls()])]
 on_logits = [loss for loss in every if loss_needs(loss).on_features is False]
 on_stages = [loss for loss in every if loss_needs(loss).on_features is not False]
 projected = [FitNet(), Projected(ChannelWise())]
@@ -74,7 +82,8 @@ def main():
     args = parse()
     if args.memory_of: return print(f'MB {peak_memory(args)}')
     torch.manual_seed(0)
-    times = time_rounds({name:new() for name,new in passes(args).items()}, args.rounds, args.device)
+    rows = {name:new for name,new in passes(args).items() if not args.only or name == 'student' or names_one_of(name, args.only)}
+    times = time_rounds({name:new() for name,new in rows.items()}, args.rounds, args.device)
     ratio = times.div(times['student'], axis=0)
     table = pd.DataFrame({'ms': 1e3*times.median(), '% of student': 100*ratio.median(), 'min': 100*ratio.min(), 'max': 100*ratio.max()})
     for name in times:
@@ -83,7 +92,9 @@ def main():
     table['% of peak'] = 100*table['peak MB']/table['peak MB'].iloc[0]
     print(f'ResNet18, {args.size} px, batch {args.batch}, {args.classes} classes, fp32, {machine(args.device)}; '
           f'medians of {args.rounds} rounds, min and max of the ratio over rounds')
-    table.round(2).to_csv(Path(__file__).with_suffix('.csv'), index_label='loss')
     print(table.to_string(float_format='{:.2f}'.format))
+    file,table = Path(__file__).with_suffix('.csv'),table.round(2).rename_axis('loss').reset_index()
+    if args.only: table = replace_rows(pd.read_csv(file), table, args.only, [*passes(args)])
+    table.to_csv(file, index=False)
 
 if __name__ == '__main__': main()

@@ -19,8 +19,8 @@ from fastcore.xtras import modify_exception
 from torch import nn, Tensor
 from torch.nn.modules.loss import _Loss
 from .losses.base import in_full_precision, loss_needs
-from .losses.features import Projected
 from .losses.predictions import SoftTarget
+from .losses.projected import Projected
 
 # %% ../nbs/objective.ipynb #98e4bc0c
 def check_weight(

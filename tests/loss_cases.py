@@ -20,7 +20,8 @@ def check(got, want, dtype, scale=1.):
     digits = 1e-6 if dtype==torch.float32 else 1e-14
     assert got.item() == pytest.approx(want, rel=1e3*digits, abs=10*digits*scale) and got.dtype == dtype and got.ndim == 0
 
-# A new loss joins these lists by itself. Tests name the losses that they leave out, so that a new one is not left out by accident.
+# A new loss joins these lists by itself. Tests take what a loss can do from its attributes, or name the losses that they leave out, so that a new one
+# is not left out by accident. They name the losses that they test only where a paper claims something of a loss, or where the numbers are worked out by hand.
 registered = [cls() for cls in registered_losses.values()]
 every = registered + [SoftTarget(2, standardize=True), DecoupledKD(standardize=True), Attention(1), Projected(FitNet())]
 def is_on_logits(loss): return loss_needs(loss).on_features is False
@@ -47,9 +48,9 @@ def labels(loss, s, seed=None):
 def call(loss, s, t): return built(loss, s, t)(s, t, *labels(loss, s))
 
 @st.composite
-def feature_shapes(draw, kinds, same, least=2):
-    "Shapes of student and teacher: any channels and map sizes, unless they have to be the same"
-    b,n = draw(st.integers(2,4)),draw(st.integers(least,5))
+def feature_shapes(draw, kinds, same, items=2, least=2):
+    "Shapes of student and teacher, of at least so many items and positions: any channels and map sizes, unless they have to be the same"
+    b,n = draw(st.integers(items,4)),draw(st.integers(least,5))
     cs = draw(st.integers(1,5)); ct = cs if same else draw(st.integers(1,5))
     def of(kind, c): return {2:(b,c), 3:(b,n,c), 4:(b,c,draw(st.integers(least,5)),draw(st.integers(1,5)))}[kind]
     kind = draw(st.sampled_from(kinds))

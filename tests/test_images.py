@@ -3,7 +3,7 @@ import sys
 import numpy as np, pytest, torch
 from PIL import Image
 from fastdistill.images import distill_images, image_dls, image_loss, image_losses, image_teacher, plain_model
-from fastdistill.losses.features import Projected
+from fastdistill.losses.projected import Projected
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
@@ -29,7 +29,7 @@ def test_every_loss_has_its_name():
     for name,loss in image_losses.items():
         layers = {} if loss.on_features is False else dict(student_layers='0', teacher_layers='0')
         match = image_loss(name, **layers)
-        assert loss.__name__ == name and isinstance(match.loss, Projected) == (name in ('Cosine','ActivationBoundaries','ChannelWise'))
+        assert loss.__name__ == name and isinstance(match.loss, Projected) == loss.same_channels
     assert image_loss('DIST', 2).loss.T == 2 and image_loss('DIST').loss.T == 4
 
 def test_random_split_is_the_same_every_time(images):

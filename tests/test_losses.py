@@ -1,9 +1,10 @@
 "Losses against the formulas of the papers in NumPy, by hand, and on labels and arguments of every kind."
-import json, re
+import json, re, runpy
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 import numpy as np
+import pandas as pd
 import pytest, torch
 from hypothesis import assume, given, settings, strategies as st
 from scipy.special import softmax
@@ -38,6 +39,38 @@ def test_a_loss_says_what_it_needs(name):
     assert bool(needs.kinds) == (needs.on_features is not False)
     if needs.on_features is False and name not in ('Logits','TeacherBounded'): assert needs.axis == 1 and needs.single_label is not None
     assert not needs.builds or needs.trains
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    "What a file of benchmarks/ defines; it runs nothing"
+    monkeypatch.syspath_prepend(root/'benchmarks')
+    return lambda name: runpy.run_path(str(root/f'benchmarks/{name}.py'))
+
+def test_a_new_loss_joins_the_benchmarks(benchmark):
+    "With settings for a loss that they do not name; losses that they leave out cannot run there"
+    class OnMaps(Cosine): least_positions = 2
+    class OnVectors(Cosine): kinds = (2,)
+    class OnLogits(SoftTarget): pass
+    bench = benchmark('losses')
+    found = bench['settings']([*registered_losses.values(), OnMaps, OnVectors, OnLogits])
+    assert {type(loss) for loss,_ in found} == {*registered_losses.values(), OnMaps, OnLogits} - {MultiLabelSoftTarget,TeacherBounded}     # a digit has one class
+    (a,b),(c,d) = ([kw for (loss,_),kw in found.items() if type(loss) is cls] for cls in (OnMaps,OnLogits))
+    assert [kw['weight'] for kw in (a,b,c,d)] == [.1,1,.1,1] and {kw['task_weight'] for kw in (a,b,c,d)} == {1.}
+    assert isinstance(a['loss'].loss, Projected) and len(a['loss'].student_layers) == 3 and isinstance(c['loss'], OnLogits)
+    assert {type(loss) for loss in benchmark('loss_cost')['every']} == {*registered_losses.values()} - {TeacherBounded}     # which takes values
+
+def test_some_rows_of_a_benchmark_again(benchmark):
+    "They take the place of the old ones, new ones stand in order, and the others do not change"
+    rows = benchmark('rows')
+    table = pd.read_csv(root/'benchmarks/losses.csv')
+    order,names = [*dict.fromkeys(table.loss[1:])],['SoftTarget','FitNet','PKT']
+    again = table[[True,*(bool(re.match('SoftTarget|FitNet|PKT', loss)) for loss in table.loss[1:])]].assign(accuracy=.5)
+    found = rows['replace_rows'](table, again, names, order)
+    pd.testing.assert_frame_equal(found.drop(columns='accuracy'), table.drop(columns='accuracy'))
+    new = found.loss.isin(again.loss[1:])
+    assert (found.accuracy[new] == .5).all() and (found.accuracy[~new] == table.accuracy[~new]).all() and not new[0]
+    pd.testing.assert_frame_equal(rows['replace_rows'](table[~table.loss.isin(again.loss[1:])], table[table.loss.isin(again.loss)| (table.index == 0)], names, order), table)
+    assert rows['names_one_of']('Projected(Cosine()), 4', ['Cosine']) and not rows['names_one_of']('MultiLabelSoftTarget(T=1.0)', names)
 
 def test_a_loss_of_ones_own_is_not_registered():
     before = dict(registered_losses)
@@ -120,7 +153,7 @@ def test_teacher_bounded_equals_the_formula(b, c, seed, margin, dtype):
 def test_on_features_equal_the_formula(loss, d, seed, T, dtype):
     "`FitNet` without a projector"
     needs = loss_needs(loss)
-    a,b = d.draw(feature_shapes(needs.kinds, needs.same_channels or isinstance(loss, FitNet)))
+    a,b = d.draw(feature_shapes(needs.kinds, needs.same_channels or isinstance(loss, FitNet), needs.least_items, needs.least_positions))
     if isinstance(loss, PKT): assume(min(x[2 if len(x)==3 else 1] for x in (a,b)) > 2)     # opposite vectors: the logarithm of little more than eps
     s,t = randn(seed, *a, dtype=dtype),randn(seed+1, *b, dtype=dtype)
     loss = built(at_temperature(loss, T), s, t)
@@ -226,6 +259,23 @@ def test_fastais_kinds_of_tensors():
     s,t,y = TensorImage(randn(0, 3, 5)),TensorImage(randn(1, 3, 5)),TensorCategory(torch.arange(3))
     assert type(DecoupledKD()(s, t, y)) is torch.Tensor and DecoupledKD()(s, t, y) == DecoupledKD()(*(x.as_subclass(torch.Tensor) for x in (s, t, y)))
 
+@pytest.mark.parametrize('student,teacher', [(torch.float32,torch.float64),(torch.float64,torch.float32),(torch.float16,torch.float64),(torch.float32,torch.float32)])
+def test_aligned_features_can_be_multiplied(student, teacher):
+    "In the more precise of their types; the gradient is in the student's"
+    from fastdistill.losses.base import FeatureLoss
+    class Products(FeatureLoss):
+        @full_precision
+        def forward(self, s, t):
+            a,b = self.aligned(s, t)
+            if s.dtype == t.dtype: assert a is s and b is t
+            return (a @ b.mT).square().mean()
+    s,t = randn(0, 3, 4, 5).to(student).requires_grad_(),randn(1, 3, 4, 5).to(teacher)
+    val = Products()(s, t)
+    g, = torch.autograd.grad(val, s)
+    assert val.dtype == torch.promote_types(torch.promote_types(student, teacher), torch.float32) and g.dtype == student
+    a,b = np64(s, t)
+    assert val.item() == pytest.approx(((a @ b.swapaxes(1, 2))**2).mean(), rel=1e-5)
+
 # --- labels and arguments ---
 
 def test_probabilities_with_positions():
@@ -279,6 +329,17 @@ def classes(**attributes):
     "The registered losses that say so of themselves"
     return [l for l in registered_losses.values() if all(getattr(loss_needs(l), k) == v for k,v in attributes.items())]
 
+def too_few(loss, kind, items=0, positions=0):
+    "Call it with so many items or positions fewer than it needs; one of the two features has more positions"
+    needs = loss_needs(loss)
+    b,n = 3 if positions else needs.least_items-items,needs.least_positions-positions
+    def of(n): return torch.ones({2:(b,3), 3:(b,n,3), 4:(b,3,n,1)}[kind])
+    call(loss, of(n), of(n+(kind == 4)))
+
+def test_which_losses_compare_items_and_positions():
+    assert {DIST,Similarity,RKD,PKT} <= {*classes(least_items=2)} and {Attention,ChannelWise} <= {*classes(least_positions=2)}
+    assert not [l for l in features if loss_needs(l).least_positions > 1 and 2 in loss_needs(l).kinds], 'a vector has one position'
+
 features = [l for l in registered_losses.values() if loss_needs(l).kinds]
 x4,x3,x2 = torch.ones(2,3,4,4),torch.ones(2,4,3),torch.ones(2,3)
 @pytest.mark.parametrize('make,msg', [
@@ -292,18 +353,17 @@ x4,x3,x2 = torch.ones(2,3,4,4),torch.ones(2,4,3),torch.ones(2,3)
     (lambda: SoftTarget()(torch.ones(3), torch.ones(3)), 'Expected logits of one shape'),
     (lambda: SoftTarget(standardize=True)(torch.ones(2,2), torch.ones(2,2)), 'at least 3 classes'), (lambda: DecoupledKD(standardize=True)(torch.ones(2,2), torch.ones(2,2), torch.ones(2).long()), 'at least 3 classes'),
     (lambda: Logits()(torch.ones(2,1), torch.ones(2,4)), r'student \(2, 1\) and teacher \(2, 4\)'), (lambda: MultiLabelSoftTarget()(x2, torch.ones(2,1)), 'one shape'),
-    (lambda: DIST()(x2[:1], x2[:1]), 'at least 2 items.*drop_last'),
     *[(lambda l=l, y=y: l()(x2, x2, y), r'integer labels \(2,\) or probabilities \(2, 3\).*, but got') for l in (DecoupledKD,NormalizedKD) for y in (torch.ones(3).long(), torch.ones(2), torch.ones(2,4))],
     (lambda: TeacherBounded()(x2, x2, torch.ones(2)), r'as many values.*target \(2,\)'), (lambda: TeacherBounded()(x2, torch.ones(2,1), x2), 'as many values'),
     *[(lambda l=l: call(l(), x4, x3), 'same batch, but got') for l in features],
     *[(lambda l=l: call(l(), x4, x4[:1]), r'same batch, but got.*teacher \(1, 3, 4, 4\)') for l in features],
     *[(lambda l=l: call(l(), x4[None], x4[None]), r'same batch, but got') for l in features],
     *[(lambda l=l, x=x: l()(x, x), 'same batch, but got') for l in features for k,x in {2:x2, 3:x3, 4:x4}.items() if k not in loss_needs(l).kinds],
-    *[(lambda l=l: l()(x, x), 'Expected feature maps') for l in (Attention,) for x in (x2,x3)], (lambda: ChannelWise()(x2, x2), 'Expected sequences'),
+    *[(lambda l=l, x=x: l()(x, x), 'Expected feature maps') for l in classes(kinds=(4,)) for x in (x2,x3)], *[(lambda l=l: l()(x2, x2), 'Expected sequences') for l in classes(kinds=(3,4))],
     *[(lambda l=l: l()(x4, torch.ones(2,5,4,4)), 'same number of channels.*projector=True') for l in [FitNet, *classes(same_channels=True)]],
     *[(lambda l=l: l()(x3, torch.ones(2,5,3)), 'same number of tokens') for l in [FitNet, *classes(same_channels=True)] if 3 in loss_needs(l).kinds],
-    (lambda: Attention()(x4, x4[:,:,:1,:1]), 'at least 2 positions.*earlier layer'), (lambda: ChannelWise()(x4, x4[:,:,:1,:1]), 'at least 2 positions'),
-    *[(lambda l=l: l()(x2[:1], x2[:1]), 'at least 2 items.*drop_last') for l in (Similarity,RKD,PKT)],
+    *[(lambda l=l, k=k: too_few(l(), k, positions=1), f'at least {loss_needs(l).least_positions} positions.*earlier layer') for l in features if loss_needs(l).least_positions > 1 for k in loss_needs(l).kinds],
+    *[(lambda l=l, k=k: too_few(l(), k, items=1), f'at least {loss_needs(l).least_items} items.*drop_last') for l in registered_losses.values() if loss_needs(l).least_items > 1 for k in kinds(l())],
     *[(lambda l=l: l(x4, x4), r'build\(student, teacher\)') for l in (VID(), Projected(nn.MSELoss()))], (lambda: VID().build(x4, x3), 'same batch'), (lambda: create_projector(x4, x2), 'same batch')])
 def test_bad_input(make, msg):
     with pytest.raises(ValueError, match=f'(?s){msg}'): make()

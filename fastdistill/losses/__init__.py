@@ -1,8 +1,9 @@
-"Every public name of the losses; written by hand, as `__all__` of the four modules is not"
-from . import base, predictions, features, relations
+"Every public name of the losses; written by hand, as `__all__` of its modules is not"
+from . import base, predictions, features, projected, relations
 from .base import *
 from .predictions import *
 from .features import *
+from .projected import *
 from .relations import *
 
-__all__ = [*base.__all__, *predictions.__all__, *features.__all__, *relations.__all__]
+__all__ = [*base.__all__, *predictions.__all__, *features.__all__, *projected.__all__, *relations.__all__]

@@ -49,7 +49,7 @@ def full_precision(
 # %% ../../nbs/losses/base.ipynb #5d4f8470
 registered_losses = {}   # Name -> class: each loss of this package
 
-# %% ../../nbs/losses/base.ipynb #3f4ad6a2
+# %% ../../nbs/losses/base.ipynb #a752e074
 class Loss(nn.Module):
     "Base class of a loss; its class attributes say what the loss needs"
     on_features:bool|None = None    # True: features of layers. False: predictions. None: either
@@ -58,6 +58,8 @@ class Loss(nn.Module):
     axis:int|None = None            # Axis of the classes in the predictions. None: it knows no classes
     same_channels:bool = False      # Must student and teacher have the same number of channels?
     kinds:tuple = ()                # Features it takes, by number of axes: 2 vectors, 3 sequences, 4 maps. (): any
+    least_items:int = 1             # Items that a batch must have. 2: it compares them with each other
+    least_positions:int = 1         # Positions that features must have. 2: it compares them with each other
 
     def __init_subclass__(cls, registered=True, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -107,7 +109,7 @@ def loss_needs(
     "What `loss` needs"
     return LossNeeds(loss)
 
-# %% ../../nbs/losses/base.ipynb #36c64418
+# %% ../../nbs/losses/base.ipynb #b31a3e3f
 def check_above(least, **options):
     "Raise `ValueError` unless each option is a number above `least`"
     for k,v in options.items():
@@ -121,10 +123,10 @@ def check_at_least(least, **options):
 
 def shapes(student, teacher): return f'student {tuple(student.shape)} and teacher {tuple(teacher.shape)}'
 
-def check_batch(x):
-    "Raise `ValueError` unless there are items to compare with each other"
-    if len(x) < 2:
-        raise ValueError('Expected a batch of at least 2 items, which are compared with each other, '
+def check_items(x, least):
+    "Raise `ValueError` unless there are at least `least` items"
+    if len(x) < least:
+        raise ValueError(f'Expected a batch of at least {least} items, which are compared with each other, '
                          f'but got {len(x)}. A last batch that is too small can be left out with `drop_last=True`.')
 
 def check_logits(student, teacher, axis=1, least=2):
@@ -135,7 +137,7 @@ def check_logits(student, teacher, axis=1, least=2):
         raise ValueError(f'Expected logits of at least {least} classes, but got shape {tuple(student.shape)}. '
                          'For a single logit there is `MultiLabelSoftTarget`, for a value `TeacherBounded`.')
 
-# %% ../../nbs/losses/base.ipynb #c459d997
+# %% ../../nbs/losses/base.ipynb #acfbdbb0
 _kinds = {2:'vectors (batch, channels)', 3:'sequences (batch, tokens, channels)',
           4:'feature maps (batch, channels, height, width)'}
 
@@ -164,7 +166,13 @@ def same_positions(student, teacher):
     size = tuple(map(min, student.shape[2:], teacher.shape[2:]))
     return tuple(x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (student,teacher))
 
-# %% ../../nbs/losses/base.ipynb #ad031308
+def check_positions(x, least):
+    "Raise `ValueError` unless features have at least `least` positions"
+    if math.prod(x.shape[1:2] if x.ndim == 3 else x.shape[2:]) < least:
+        raise ValueError(f'Expected at least {least} positions, which are compared with each other, '
+                         f'but got {tuple(x.shape)}. An earlier layer has more.')
+
+# %% ../../nbs/losses/base.ipynb #b7ce4d6f
 class FeatureLoss(Loss, registered=False):
     "Base class of a loss on features"
     on_features,kinds = True,tuple(_kinds)
@@ -172,11 +180,15 @@ class FeatureLoss(Loss, registered=False):
     def check(self, student, teacher):
         "Raise `ValueError` unless these are features that this loss can compare"
         check_features(student, teacher, self.kinds, self.same_channels)
+        check_items(student, self.least_items)
 
     def aligned(self, student, teacher):
-        "Both features with the same height and width; raises `ValueError` where this loss cannot compare them"
+        "Both with one height, width and dtype; raises `ValueError` where this loss cannot compare them"
         self.check(student, teacher)
-        return same_positions(student, teacher)
+        s,t = same_positions(student, teacher)
+        check_positions(s, self.least_positions)
+        dtype = torch.promote_types(s.dtype, t.dtype)
+        return s.to(dtype),t.to(dtype)
 
 # %% ../../nbs/losses/base.ipynb #a673f4b7
 def above_0(x):

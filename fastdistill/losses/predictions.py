@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SoftTarget', 'Logits', 'HardTarget', 'DecoupledKD', 'NormalizedKD', 'DIST', 'MultiLabelSoftTarget', 'TeacherBounded']
 
-# %% ../../nbs/losses/predictions.ipynb #e6337a06
+# %% ../../nbs/losses/predictions.ipynb #de5df906
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .base import (Loss, check_above, check_at_least, check_batch, check_logits, full_precision, kl_div,
+from .base import (Loss, check_above, check_at_least, check_items, check_logits, full_precision, kl_div,
                                      scaled, shapes)
 
 # %% ../../nbs/losses/predictions.ipynb #c7891850
@@ -166,7 +166,7 @@ class NormalizedKD(Loss):
         of_others = (F.softmax(t, 1) * F.log_softmax(s, 1)).sum(1)
         return -((of_label[:,0] + self.gamma * self.T**2 * of_others) * share).sum()
 
-# %% ../../nbs/losses/predictions.ipynb #8f9369d1
+# %% ../../nbs/losses/predictions.ipynb #cbf0fdd2
 def _standard(x, axis):
     "Deviations from the mean, of norm 1; as they are where they are no more than rounding"
     x = scaled(x, axis)
@@ -180,7 +180,7 @@ def _pearson_distance(a, b, axis):
 
 class DIST(Loss):
     "T² times 1 - correlation of probabilities, by item and by class ([Huang 2022](https://arxiv.org/abs/2205.10536))"
-    on_features,single_label = False,True
+    on_features,single_label,least_items = False,True,2
     def __init__(self,
         T:float=4., # Temperature, above 0
         beta:float=1., # Weight of the correlation over the classes of an item
@@ -200,7 +200,7 @@ class DIST(Loss):
         "Raises `ValueError` for different shapes, for fewer than 2 classes and for a single item"
         check_logits(student, teacher, self.axis)
         s,t = (F.softmax(x.movedim(self.axis, -1).flatten(0, -2)/self.T, 1) for x in (student,teacher))
-        check_batch(s)
+        check_items(s, self.least_items)
         return (self.beta*_pearson_distance(s, t, 1) + self.gamma*_pearson_distance(s, t, 0)) * self.T**2
 
 # %% ../../nbs/losses/predictions.ipynb #ef2dd908

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Similarity', 'RKD', 'PKT']
 
-# %% ../../nbs/losses/relations.ipynb #37c6cfff
+# %% ../../nbs/losses/relations.ipynb #7161d3d1
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .base import (FeatureLoss, above_0, check_above, check_at_least, check_batch, full_precision,
-                                     scaled, unit)
+from .base import (FeatureLoss, above_0, check_above, check_at_least, full_precision, scaled,
+                                     unit)
 
 # %% ../../nbs/losses/relations.ipynb #8d6c1a52
 def _gram(x):
@@ -18,9 +18,10 @@ def _gram(x):
     g = x @ x.detach().T
     return g + (g.T - g.T.detach())
 
-# %% ../../nbs/losses/relations.ipynb #d7e7d590
+# %% ../../nbs/losses/relations.ipynb #499c9543
 class Similarity(FeatureLoss):
     "Mean squared error of the similarities of pairs of items ([Tung & Mori 2019](https://arxiv.org/abs/1907.09682))"
+    least_items = 2
     @full_precision
     def forward(self,
         fm_student:Tensor, # Student's features: a map, a sequence or a vector
@@ -28,18 +29,17 @@ class Similarity(FeatureLoss):
     ) -> Tensor: # Scalar: averaged over pairs of items
         "Raises `ValueError` for different kinds of features and for a batch of one item"
         self.check(fm_student, fm_teacher)
-        check_batch(fm_student)
         return F.mse_loss(*(unit(_gram(f.flatten(1))) for f in (fm_student,fm_teacher)))
 
-# %% ../../nbs/losses/relations.ipynb #8d367b9c
+# %% ../../nbs/losses/relations.ipynb #55c72fdd
 def _vectors(student, teacher):
     "Features averaged over their positions, (B, C) and (B, C')"
-    check_batch(student)
     return (x if x.ndim == 2 else x.mean(1) if x.ndim == 3 else x.mean((2,3)) for x in (student,teacher))
 
-# %% ../../nbs/losses/relations.ipynb #70ed6747
+# %% ../../nbs/losses/relations.ipynb #1a30fec4
 class RKD(FeatureLoss):
     "Smooth L1 loss of distances between items and of angles of three ([Park 2019](https://arxiv.org/abs/1904.05068))"
+    least_items = 2
     def __init__(self,
         distance:float=25., # Weight of the distances
         angle:float=50., # Weight of the angles
@@ -75,9 +75,10 @@ class RKD(FeatureLoss):
                  for w,f in ((self.distance,self.distances), (self.angle,self.angles)) if w]
         return sum(terms) if terms else 0*s.sum()
 
-# %% ../../nbs/losses/relations.ipynb #6f5140ad
+# %% ../../nbs/losses/relations.ipynb #97e9e8f3
 class PKT(FeatureLoss):
     "Divergence of probabilities to be neighbours ([Passalis & Tefas 2018](https://arxiv.org/abs/1803.10837))"
+    least_items = 2
     def __init__(self,
         eps:float=1e-7, # Added to both probabilities
     ):
