@@ -19,7 +19,14 @@ from .ensemble import as_teacher
 from .teacher import Teacher
 from .trained import Trained
 
-# %% ../nbs/callback.ipynb #20b27810
+# %% ../nbs/callback.ipynb #34733d94
+def as_objective(loss, student_layers, teacher_layers, weight, task_weight):
+    "An `Objective` as it is; else one of these arguments"
+    if not isinstance(loss, Objective): return Objective(loss, student_layers, teacher_layers, weight, task_weight)
+    if (student_layers,teacher_layers,weight,task_weight) == (None,None,0.5,None): return loss
+    raise ValueError(f'Expected layers and weights in the `Objective`, but got them beside it: {loss}')
+
+# %% ../nbs/callback.ipynb #f8040a6c
 class KnowledgeDistillationCallback(SharedCallback):
     "Train the student on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
     order,run_valid = GradientAccumulation.order-1,False
@@ -34,8 +41,7 @@ class KnowledgeDistillationCallback(SharedCallback):
         weight:float=0.5, # Weight of the distillation loss: a number, or a schedule such as `SchedCos(0,.9)`
         task_weight:float=None, # Weight of the learner's own loss, likewise; 1-weight by default
     ):
-        given = isinstance(loss, Objective)
-        self.objective = loss if given else Objective(loss, student_layers, teacher_layers, weight, task_weight)
+        self.objective = as_objective(loss, student_layers, teacher_layers, weight, task_weight)
         self.teacher = teacher
 
     @property

@@ -58,7 +58,7 @@ def as_teacher(
     if isinstance(teacher, Teacher): return teacher
     return Ensemble(teacher) if is_listy(teacher) else Teacher(teacher)
 
-# %% ../nbs/ensemble.ipynb #56d2f93b
+# %% ../nbs/ensemble.ipynb #418e4aa8
 @patch
 def start(self:Ensemble,
     device, # Device on which batches will come
@@ -66,6 +66,13 @@ def start(self:Ensemble,
 ):
     "Start each of the teachers"
     for t in self.teachers: t.start(device, reset)
+
+@patch
+def start_for(self:Ensemble,
+    learn, # The learner whose batches will come
+):
+    "Start each of them for the learner"
+    for t in self.teachers: t.start_for(learn)
 
 @patch
 def stop(self:Ensemble):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Match', 'Objective']
 
-# %% ../nbs/objective.ipynb #f20782cd
-import inspect, math
+# %% ../nbs/objective.ipynb #4eb07577
+import math
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial, reduce
@@ -18,7 +18,7 @@ from fastcore.basics import listify, patch
 from fastcore.xtras import modify_exception
 from torch import nn, Tensor
 from torch.nn.modules.loss import _Loss
-from .losses.base import in_full_precision, loss_needs
+from .losses.base import as_loss, in_full_precision, loss_needs
 from .losses.predictions import SoftTarget
 from .losses.projected import Projected
 
@@ -37,32 +37,14 @@ def check_weight(
                          f'but got {w!r}{cure}')
     return weight
 
-# %% ../nbs/objective.ipynb #86e560b3
-def as_loss(
-    loss, # A class, a `partial`, an instance or a function
-): # What to call
-    "An instance of `loss` if it is a class; raises `TypeError` for what cannot be called as a loss"
-    cls = loss.func if isinstance(loss, partial) else loss
-    if isinstance(cls, type): loss = loss()
-    _refuse_match(loss)
-    if not callable(loss): raise TypeError(f'Expected a callable loss, `loss(student, teacher)`, but got {loss!r}')
-    args = ['student','teacher'] + ['targ']*loss_needs(loss).needs_targ
-    try: takes = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
-    except ValueError: return loss   # a function written in C has no signature
-    try: takes.bind(*args)
-    except TypeError:
-        raise TypeError(f'Expected a loss to be called as loss({", ".join(args)}), but {loss!r} takes {takes}. '
-                        'A loss that also compares the predictions with the labels is called as '
-                        'loss(student, teacher, targ) and says so with `needs_targ = True`.') from None
-    return loss
-
+# %% ../nbs/objective.ipynb #a276a554
 def _refuse_match(loss):
-    "By the name of its class, as a reload makes another class"
+    "Known by the name of its class, as a reload makes another class"
     if (Match.__module__,'Match') not in [(c.__module__,c.__qualname__) for c in type(loss).__mro__]: return
     raise TypeError(f'Expected a loss, but got a Match of {loss!r}. Give a Match its layers and its weight in one '
                     'call. A Match that was made before fastdistill was reloaded has to be made again.')
 
-# %% ../nbs/objective.ipynb #2833e259
+# %% ../nbs/objective.ipynb #97a272cb
 class Match:
     "One term of the distillation loss: `weight` times `loss`, on the predictions or summed over pairs of layers"
     def __init__(self,
@@ -72,6 +54,7 @@ class Match:
         weight:float=1., # Weight of this term among the others: a number of at least 0
         projector:bool=False, # First map the student's features to the teacher's channels, by a trainable projector?
     ):
+        _refuse_match(loss)
         self.loss,self.weight = as_loss(loss),check_weight('the weight of a Match', weight)
         self.student_layers,self.teacher_layers = list(listify(student_layers)),list(listify(teacher_layers))
         self._check_layers()
@@ -172,7 +155,7 @@ def _build(self:Match, pair, s, t):
         with self.naming(pair, s, t): in_full_precision(loss.build, s.detach(), t)
     return loss
 
-# %% ../nbs/objective.ipynb #228ebf9b
+# %% ../nbs/objective.ipynb #9a575479
 class Objective:
     "Minimise `task_weight * task_loss + weight * kd_loss`, where `kd_loss` is a sum of terms"
     def __init__(self,
@@ -189,6 +172,9 @@ class Objective:
             loss = Match(loss, student_layers, teacher_layers)
         self.terms = [m if isinstance(m, Match) else Match(m) for m in listify(loss)]
         if not self.terms: raise ValueError('Expected at least one loss, but got none')
+        self._set_weights(weight, task_weight)
+
+    def _set_weights(self, weight, task_weight):
         most,cure = math.inf,''
         if task_weight is None: most,cure = 1,'. Give task_weight as well for weights that do not sum to 1.'
         self.weight = check_weight('weight', weight, most, cure)
@@ -213,7 +199,7 @@ class Objective:
         terms = [f'{m!r}' if m.weight == 1 else f'{m.weight:g} * {m!r}' for m in self.terms]
         return f'{tw} * task_loss + {w} * ({" + ".join(terms)})'
 
-# %% ../nbs/objective.ipynb #7555bead
+# %% ../nbs/objective.ipynb #bd98a930
 @patch
 def replace(self:Objective,
     weight:float, # Weight of the distillation loss
@@ -221,7 +207,7 @@ def replace(self:Objective,
 ) -> Objective:
     "A copy with another weight and temperature; if the task's weight was given, it stays"
     res = deepcopy(self)
-    res.weight = check_weight('weight', weight)
+    res._set_weights(weight, self.task_weight)
     for m in res.terms:
         if T is not None and m.needs.T is not None: m.loss.T = T
     return res

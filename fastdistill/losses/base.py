@@ -109,6 +109,24 @@ def loss_needs(
     "What `loss` needs"
     return LossNeeds(loss)
 
+# %% ../../nbs/losses/base.ipynb #d0d3e25c
+def as_loss(
+    loss, # A class, a `partial`, an instance or a function
+): # What to call
+    "An instance of `loss` if it is a class; raises `TypeError` for what cannot be called as a loss"
+    cls = loss.func if isinstance(loss, partial) else loss
+    if isinstance(cls, type): loss = loss()
+    if not callable(loss): raise TypeError(f'Expected a callable loss, `loss(student, teacher)`, but got {loss!r}')
+    args = ['student','teacher'] + ['targ']*loss_needs(loss).needs_targ
+    try: takes = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    except ValueError: return loss   # a function written in C has no signature
+    try: takes.bind(*args)
+    except TypeError:
+        raise TypeError(f'Expected a loss to be called as loss({", ".join(args)}), but {loss!r} takes {takes}. '
+                        'A loss that also compares the predictions with the labels is called as '
+                        'loss(student, teacher, targ) and says so with `needs_targ = True`.') from None
+    return loss
+
 # %% ../../nbs/losses/base.ipynb #b31a3e3f
 def check_above(least, **options):
     "Raise `ValueError` unless each option is a number above `least`"
