@@ -46,7 +46,7 @@ class Trained:
         "Were these losses made for this student?"
         return self.student is not None and self.student() is student
 
-# %% ../nbs/trained.ipynb #9a830bbe
+# %% ../nbs/trained.ipynb #4f2692f7
 @patch
 def for_batch(self:Trained,
     terms:list, # `Match`es
@@ -55,7 +55,7 @@ def for_batch(self:Trained,
 ) -> nn.ModuleList: # For each term a list of losses, empty if it trains nothing
     "The losses of this batch, made when they are first asked for"
     if self.losses is None: self._make(terms, features, model)
-    elif _channels(self.losses, features) != self.channels and _size(model) != self.size:
+    elif _channels(terms, self.losses, features) != self.channels and _size(model) != self.size:
         if not rank_distrib():
             warnings.warn('Layers of the student have other channels than before, as after pruning: what the losses '
                           'train for them starts anew. Prune before the fit, or use a loss that trains nothing, '
@@ -65,9 +65,10 @@ def for_batch(self:Trained,
 
 def _size(model): return sum(p.numel() for p in model.parameters())
 
-def _channels(losses, features):
+def _channels(terms, losses, features):
     "Channels of the student's features, for the terms that train"
-    return [[s.shape[channel_axis(s):][:1] for _,s in zip(l, student)] for l,(student,_) in zip(losses, features)]
+    calls = [m.calls(*f) for m,f in zip(terms, features)]
+    return [[s.shape[channel_axis(s):][:1] for _,(s,_) in zip(*o)] for o in zip(losses, calls)]
 
 @patch
 def _make(self:Trained, terms, features, model):
@@ -76,7 +77,7 @@ def _make(self:Trained, terms, features, model):
         losses = nn.ModuleList(m.build(*f) for m,f in zip(terms, features))
     if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         losses = nn.SyncBatchNorm.convert_sync_batchnorm(losses)
-    channels = _channels(losses, features)
+    channels = _channels(terms, losses, features)
     if self.losses is not None: _keep_same(losses, channels, self.losses, self.channels)
     if self.saved: losses.load_state_dict(self.saved['losses'])
     self.losses,self.channels,self.size = losses,channels,_size(model)
