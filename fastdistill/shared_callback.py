@@ -72,17 +72,27 @@ def _starts_fit(learn):
     new = isinstance(loss, Tensor) and not hasattr(loss, 'of_a_fit') and not loss.any()
     return new and learn.__dict__.get('train_iter') == 0
 
-# %% ../nbs/shared_callback.ipynb #d41fb55f
+# %% ../nbs/shared_callback.ipynb #dbc6bc37
+def _is_exported(learn):
+    "`export` takes the data away for a moment"
+    items = getattr(learn.dls, 'train_ds', None)
+    return hasattr(items, '__len__') and not len(items)
+
 @patch
 def __reduce_ex__(self:SharedCallback, protocol):
-    items = getattr(self._learn and self._learn.dls, 'train_ds', None)
-    exported = hasattr(items, '__len__') and not len(items)   # `export` takes the data away
+    exported = any(map(_is_exported, self._attached()))
     return (Callback,()) if exported else super(SharedCallback, self).__reduce_ex__(protocol)
 
 @patch
+def __getstate__(self:SharedCallback):
+    "All learners that hold it go along: nothing tells which of them is pickled"
+    return {**super(SharedCallback, self).__getstate__(), '_attached_to':self._attached()}
+
+@patch
 def __setstate__(self:SharedCallback, state):
+    attached = state.pop('_attached_to', [])
     super(SharedCallback, self).__setstate__(state)
-    if self._learn is not None: self._holders = [weakref.ref(self._learn)]
+    self._holders = [weakref.ref(l) for l in attached]
 
 @patch
 def __deepcopy__(self:SharedCallback, memo):

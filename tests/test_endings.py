@@ -160,6 +160,27 @@ def test_a_copy_of_one_of_two_learners_trains_with_the_teacher(teacher):
     copied.fit(1)
     assert copied.knowledge_distillation.learn is copied and 'kd_loss' in copied.recorder.metric_names and kd.learn is a
 
+def test_a_pickle_of_one_of_two_learners_is_of_this_one(teacher):
+    "Also if the last fit was the other's; it asks for its teacher"
+    kd = KD(teacher)
+    a,b = learner(cbs=kd),learner(cbs=kd)
+    for last in (a,b):
+        last.fit(1)
+        loaded = pickle.loads(pickle.dumps(a))
+        with pytest.raises(ValueError, match='loaded without one'): loaded.fit(1)
+        loaded.knowledge_distillation.teacher = teacher
+        loaded.fit(1)
+        assert loaded.knowledge_distillation.learn is loaded and 'kd_loss' in loaded.recorder.metric_names
+
+def test_export_of_one_of_two_learners_is_the_student_alone(teacher, tmp_path):
+    kd = KD(teacher)
+    a,b = (learner(path=tmp_path, dls=exportable(), cbs=kd) for _ in range(2))
+    for last in (a,b):
+        last.fit(1)
+        a.export('a.pkl')
+        assert not modules_of(tmp_path/'a.pkl')
+        assert same_state(load_learner(tmp_path/'a.pkl').model, state(a.model))
+
 def test_a_pickled_callback_asks_for_its_teacher(teacher):
     kd = pickle.loads(pickle.dumps(KD(teacher)))
     with pytest.raises(ValueError, match=r'loaded without one.*`callback.teacher = \.\.\.`'): learner().fit(1, cbs=kd)
