@@ -83,7 +83,7 @@ class KnowledgeDistillationCallback(SharedCallback):
         if self._fit is not None: self._fit.close()
         self._fit = None
 
-# %% ../nbs/callback.ipynb #f2a4a8a7
+# %% ../nbs/callback.ipynb #eafda954
 @patch(as_prop=True)
 def matches(self:KnowledgeDistillationCallback) -> list: # `Match`es
     "The terms of the distillation loss"
@@ -98,6 +98,13 @@ def weight(self:KnowledgeDistillationCallback): # A number or a schedule
 def task_weight(self:KnowledgeDistillationCallback): # A number, a schedule, or `None` for 1-weight
     "Weight of the task's loss"
     return self.objective.task_weight
+
+@patch(set_prop=True)
+def weight(self:KnowledgeDistillationCallback, value): self.objective = self.objective.replace(weight=value)
+
+@patch(set_prop=True)
+def task_weight(self:KnowledgeDistillationCallback, value):
+    self.objective = self.objective.replace(task_weight=value)
 
 @patch(as_prop=True)
 def weights(self:KnowledgeDistillationCallback) -> tuple: # (weight, task_weight)

@@ -76,11 +76,11 @@ def says_where(f):
             raise modify_exception(e, f'{text}{where}', replace=True)
     return _inner
 
-# %% ../nbs/fit.ipynb #3c06bd9d
+# %% ../nbs/fit.ipynb #6c6cf669
 class Fit:
     "What belongs to one fit: from its start to its end, however it comes"
     def __init__(self, kd):
-        self.kd,self.learn,self.objective = kd,kd.learn,kd.objective
+        self.kd,self.learn = kd,kd.learn
         self.epoch = self.batch = self.may_stop = None
         self._check_alone()
         self.undo = ExitStack()
@@ -89,6 +89,9 @@ class Fit:
         self.undo.callback(self._stop_teacher)
         if is_trial(self.learn): self._train_a_copy()
         self.undo.callback(lambda: kd.trained.leave())
+
+    @property
+    def objective(self): return self.kd.objective     # its weights may change in the middle of a fit
 
     def _check_alone(self):
         kds = [cb for cb in self.learn.cbs if isinstance(cb, type(self.kd))]

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Match', 'Objective']
 
-# %% ../nbs/objective.ipynb #4eb07577
+# %% ../nbs/objective.ipynb #86740f69
 import math
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import partial, reduce
 from numbers import Real
 from operator import add
@@ -199,17 +199,21 @@ class Objective:
         terms = [f'{m!r}' if m.weight == 1 else f'{m.weight:g} * {m!r}' for m in self.terms]
         return f'{tw} * task_loss + {w} * ({" + ".join(terms)})'
 
-# %% ../nbs/objective.ipynb #bd98a930
+# %% ../nbs/objective.ipynb #50295514
 @patch
 def replace(self:Objective,
-    weight:float, # Weight of the distillation loss
-    T:float=None, # Temperature of the losses that have one; their own by default
+    weight:float=None, # Weight of the distillation loss
+    task_weight:float=None, # Weight of the task's loss
+    T:float=None, # Temperature of the losses that have one
 ) -> Objective:
-    "A copy with another weight and temperature; if the task's weight was given, it stays"
-    res = deepcopy(self)
-    res._set_weights(weight, self.task_weight)
+    "A copy with other weights or another temperature; what is not given stays"
+    res = copy(self)
+    res._set_weights(*(old if new is None else new for old,new in
+                       ((self.weight,weight), (self.task_weight,task_weight))))
+    if T is None: return res
+    res.terms = deepcopy(self.terms)
     for m in res.terms:
-        if T is not None and m.needs.T is not None: m.loss.T = T
+        if m.needs.T is not None: m.loss.T = T
     return res
 
 # %% ../nbs/objective.ipynb #9c19ee70

@@ -83,7 +83,7 @@ def _monitor(learn, name, comp):
     raise ValueError(f'Expected comp=np.less or comp=np.greater: the name {name!r} does not tell '
                      'whether less of it is better or more')
 
-# %% ../nbs/search.ipynb #4bb70aad
+# %% ../nbs/search.ipynb #7968efe9
 @patch
 def weight_finder(self:Learner,
     kd:KnowledgeDistillationCallback=None, # What a fit would get; the one on the learner by default
@@ -103,7 +103,7 @@ def weight_finder(self:Learner,
     tried = [(0., None)] + [(float(w), T) for T in temperatures or [None] for w in weights if w]
     rows = []
     for w,T,seed in progress_bar([(*o, s) for o in tried for s in range(seeds)], leave=False):
-        trial = KnowledgeDistillationCallback(kd.teacher, kd.objective.replace(w, T))
+        trial = KnowledgeDistillationCallback(kd.teacher, kd.objective.replace(w, T=T))
         values = _try(self, trial, n_epoch, lr, seed)
         rows.append({'weight':w, **({'T':T} if temperatures else {}), 'seed':seed, **values})
     return WeightSearch(pd.DataFrame(rows), monitor, comp)

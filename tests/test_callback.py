@@ -229,6 +229,20 @@ def test_weights_follow_their_schedules(teacher):
     for i,(w,tw) in enumerate(train):
         assert w == pytest.approx(SchedCos(0,.8)(i/6), abs=1e-6) and tw == pytest.approx(1-.5*i/6, abs=1e-6)
 
+def test_weights_may_be_set_in_the_middle_of_a_fit(teacher):
+    "From the next batch on; a weight that makes no sense is refused, and the old one stays"
+    kd,seen = KD(teacher, weight=.2),[]
+    def change(self):
+        if self.training and self.train_iter == 1: kd.weight = .9
+    def keep(self):
+        if self.training: seen.append((kd.weights, self.learn.loss.item(), *(v.item() for v in kd.batch.parts.values())))
+    learner(cbs=[kd, Callback(before_batch=change), Callback(before_backward=keep)]).fit(1)
+    assert [w for (w,_),*_ in seen] == [.2,.9,.9]
+    for (w,tw),loss,task,kd_loss,*_ in seen: assert loss == pytest.approx(w*kd_loss + tw*task, rel=1e-5)
+    for bad in (-1, 2, 'much'):
+        with pytest.raises(ValueError, match='finite number'): kd.weight = bad
+    assert kd.weight == .9 and kd.weights == (.9, pytest.approx(.1))
+
 def test_start_epoch(teacher):
     learn = learner(cbs=KD(teacher))
     learn.fit(3, start_epoch=2)
