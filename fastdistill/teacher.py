@@ -108,7 +108,7 @@ def stop(self:Teacher):
     "The last user gives the model back its device, layout and modes; without a start there is nothing to do"
     end_use(self.model, self)
 
-# %% ../nbs/teacher.ipynb #f1cabbb1
+# %% ../nbs/teacher.ipynb #d2613baf
 @patch
 def choose(self:Teacher,
     *xb, # All inputs of a batch
@@ -128,8 +128,8 @@ def choose(self:Teacher,
 @patch
 def _print_choice(self:Teacher, way, seconds, error, plain):
     how = ' and '.join(['bfloat16']*(way[0] is not None) + ['channels last']*way[1]) or 'as it is'
-    print(f'Teacher {self}: {how}, {1e3*seconds:.1f} ms for a batch instead of {1e3*plain:.1f}.\n'
-          f'Its logits differ by at most {error:.3f} of their standard deviation.')
+    print(f'Teacher {self}: {how}, {1e3*seconds:.1f} ms for a batch instead of {1e3*plain:.1f}; '
+          f'logits differ by at most {error:.3f} of their standard deviation')
 
 # %% ../nbs/teacher.ipynb #ce8c2f19
 @patch
