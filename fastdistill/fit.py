@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_trial', 'as_trial', 'Fit']
 
-# %% ../nbs/fit.ipynb #4d36c7d7
+# %% ../nbs/fit.ipynb #2a03eead
 import math, warnings
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -22,6 +22,7 @@ from .concerns import check_finite, concerns
 from .epoch import Epoch, check_teacher
 from .labels import check_labels
 from .layers import is_compiled, unwrap_model
+from .objective import Objective
 from .partial_forward import StopForward, StopProof, stop_after
 from .trained import Trained, process_group
 
@@ -76,7 +77,7 @@ def says_where(f):
             raise modify_exception(e, f'{text}{where}', replace=True)
     return _inner
 
-# %% ../nbs/fit.ipynb #6c6cf669
+# %% ../nbs/fit.ipynb #c40153cc
 class Fit:
     "What belongs to one fit: from its start to its end, however it comes"
     def __init__(self, kd):
@@ -94,7 +95,7 @@ class Fit:
     def objective(self): return self.kd.objective     # its weights may change in the middle of a fit
 
     def _check_alone(self):
-        kds = [cb for cb in self.learn.cbs if isinstance(cb, type(self.kd))]
+        kds = [cb for cb in self.learn.cbs if isinstance(vars(cb).get('objective'), Objective)]   # subclasses as well
         if len(kds) < 2: return
         raise ValueError(f'Expected one KnowledgeDistillationCallback, but the learner has {len(kds)}. '
                          'One takes several losses as a list of `Match`es and several teachers as a list of models. '

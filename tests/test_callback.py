@@ -412,6 +412,13 @@ def test_saved_weights_are_the_students(teacher, tmp_path):
     assert set(torch.load(file, weights_only=False)['model']) == set(learn.model.state_dict())
     learn.load('student')
 
+def test_a_subclass_beside_the_callback_is_a_second_one(teacher):
+    "In either order"
+    class Mine(KD): pass
+    for a,b in ((KD,Mine),(Mine,KD)):
+        with pytest.raises(ValueError, match='Expected one KnowledgeDistillationCallback, but the learner has 2'):
+            learner(cbs=a(teacher)).fit(1, cbs=b(teacher))
+
 def test_an_objective_in_place_of_a_loss(teacher):
     "As it is; layers and weights beside it would be ignored, so they are refused"
     kd = KD(teacher, Attention, stages, stages, weight=.7)
