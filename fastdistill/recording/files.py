@@ -13,6 +13,7 @@ import numpy as np, torch
 from fastcore.basics import patch, patch_to
 from .answers import AnswerFormat
 from .fingerprints import checksums, digest_header
+from .kept import Kept
 
 # %% ../../nbs/recording/files.ipynb #62c0cd7c
 try: import fcntl
@@ -23,9 +24,12 @@ def array_layout(
     header:dict, # Of a recording
 ) -> dict: # {name: (type, shape)}
     "The arrays that a recording consists of"
-    n = header['n_epoch']*header['rows']
-    arrays = {k:(dtype,(n,*row)) for k,(dtype,row) in AnswerFormat.of(header).layout.items()}
-    return {**arrays, 'checksums':(np.dtype('int64'),(n,2))}
+    n,answers = header['n_epoch']*header['rows'],header['answers']
+    arrays = {_array_name(i, a['layer'], name):(dtype,(n,*row)) for i,a in enumerate(answers)
+              for name,(dtype,row) in AnswerFormat.of(a).layout.items()}
+    return {**arrays, 'checksums':(np.dtype('int64'),(n,1+len(answers)))}
+
+def _array_name(i, layer, name): return f'feature{i}' if layer else name
 
 def recording_nbytes(
     header:dict, # Of a recording
@@ -70,7 +74,8 @@ class Files:
         write:bool=False, # Open the arrays for writing?
     ):
         self.path,self.header = folder,_read_header(folder)
-        self.format = AnswerFormat.of(self.header)
+        self.kept = [Kept(a['layer'], a['reduced_to']) for a in self.header['answers']]
+        self.formats = [AnswerFormat.of(a) for a in self.header['answers']]
         self.arrays = {k:self._open(k, *o, write) for k,o in array_layout(self.header).items()}
 
     def _open(self, name, dtype, shape, write):
@@ -129,20 +134,27 @@ def finish(self:Files):
 def write(self:Files,
     rows, # Numbers of the rows
     inputs, # Checksums of the inputs, (B,)
-    answers, # Arrays of the answers, as `AnswerFormat.encode` returns them
+    answers, # For each thing that is kept: arrays, as `AnswerFormat.encode` returns them
 ):
     "Write some rows; their checksums come last"
-    *arrays,sums = self.arrays.values()
-    for a,o in zip(arrays, answers): a[rows] = o.cpu().numpy()
-    sums[rows] = torch.stack([inputs.cpu(), checksums(*answers).cpu()], 1).numpy()
+    for i,arrays in enumerate(answers):
+        for a,o in zip(self._arrays_of(i), arrays): a[rows] = o.cpu().numpy()
+    sums = [inputs,*(checksums(*arrays) for arrays in answers)]
+    self.arrays['checksums'][rows] = torch.stack([s.cpu() for s in sums], 1).numpy()
+
+@patch
+def _arrays_of(self:Files, i):
+    return [self.arrays[_array_name(i, self.kept[i].layer, name)] for name in self.formats[i].layout]
 
 @patch
 def read(self:Files,
     rows, # Numbers of the rows
-) -> tuple: # Arrays of the answers, and a Boolean for each row: is it as it was written?
+    i:int=0, # Number of one of the things that are kept
+) -> tuple: # Its arrays, and a Boolean for each row: is it as it was written?
     "Read some rows"
-    *answers,sums = [torch.from_numpy(np.array(a[rows])) for a in self.arrays.values()]
-    return answers,checksums(*answers) == sums[:,1]
+    arrays = [torch.from_numpy(np.array(a[rows])) for a in self._arrays_of(i)]
+    sums = torch.from_numpy(np.array(self.arrays['checksums'][rows,1+i]))
+    return arrays,checksums(*arrays) == sums
 
 @patch
 def input_checksums(self:Files,
@@ -156,7 +168,7 @@ def done(self:Files,
     rows, # Numbers of the rows
 ) -> bool:
     "Whether these rows have been written"
-    return self.read(rows)[1].all().item()
+    return all(self.read(rows, i)[1].all().item() for i in range(len(self.kept)))
 
 # %% ../../nbs/recording/files.ipynb #f4d535bb
 @contextmanager

@@ -13,10 +13,13 @@ from fastai.callback.rnn import ModelResetter
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from .batches import seeded, texts_in_order
+from .kept import kept_for
 from .replay import TeacherRecording
 from .same import check_loader
 from .session import RecordingSession
 from ..ensemble import as_teacher
+from ..losses.predictions import SoftTarget
+from ..objective import Objective
 
 # %% ../../nbs/recording/record.ipynb #0361cc64
 def record_teacher(
@@ -24,20 +27,26 @@ def record_teacher(
     dls, # `DataLoaders` whose training set is recorded
     path, # Folder to make
     n_epoch:int=1, # Epochs to record; one is taken where inputs do not change from epoch to epoch
+    loss=SoftTarget, # What the recording is for: a loss, a `Match`, a list of these, or an `Objective`
+    student_layers:str|list=None, # Not used: you may pass the same arguments as to the callback
+    teacher_layers:str|list=None, # For a loss on features: names of the teacher's layers
     seed:int=0, # What the batches are drawn from
     dtype:torch.dtype=None, # `torch.float16` or `torch.float32`; the first if it is precise enough
     topk:int=None, # Number of highest logits to keep, with the sum of the others; all by default
     axis:int=1, # Axis of the classes, for `topk`
+    reduce:bool=True, # Keep only what the losses need of a feature, such as maps of attention?
 ): # `TeacherRecording`
-    "Record a teacher's answers, or complete a recording; `FileExistsError` if `path` has another one"
+    "Record what losses need of a teacher, or complete a recording; `FileExistsError` if `path` has another one"
     dl,rng = dls.train,deepcopy(getattr(dls.train, 'rng', None))
     _check_arguments(dl, n_epoch, dtype)
     resets = isinstance(teacher, Learner) and any(isinstance(cb, ModelResetter) for cb in teacher.cbs)
     teacher = as_teacher(teacher)
     if not teacher.live: raise ValueError(f'Expected networks to record, but got {teacher}')
-    session = RecordingSession(teacher, dls, seed, resets)
+    objective = loss if isinstance(loss, Objective) else Objective(loss, student_layers or teacher_layers, teacher_layers)
+    objective.check_teacher(teacher)
+    session = RecordingSession(teacher, dls, seed, resets, kept_for(objective.terms, reduce))
     try:
-        with seeded(seed, dl.device), texts_in_order(dl):
+        with session.answers_to, seeded(seed, dl.device), texts_in_order(dl):
             session.look()
             session.record(Path(path), session.header(n_epoch, dtype, topk, axis))
     finally:

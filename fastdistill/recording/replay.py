@@ -14,6 +14,7 @@ from torch import nn, Tensor
 from .batches import Numbered, Seeded
 from .files import epochs_text, Files, part_of
 from .fingerprints import leaves
+from .kept import find_kept, RecordedFeatures
 from .same import check_inputs, check_loader, differences, setup_of
 from ..teacher import Teacher
 
@@ -31,16 +32,21 @@ class TeacherRecording(Teacher):
         self.files = Files(self.path)
         self.header = self.files.header
         if not self.header['whole']: raise ValueError(f'{path} is not whole: its recording was interrupted')
-        self.epoch = None     # the batches of the running epoch
+        self.kept = self.files.kept
+        self.epoch,self.values = None,{}     # the batches of the running epoch; what was read of its batch, by number
+        self.in_use = []                     # numbers of what the terms of a fit compare
 
     def start(self, device, reset=False):
         "There is nothing to start"
-    def check_layers(self, names):
-        "Raise `ValueError`: there are none"
-        raise ValueError(f'expected a network as the teacher, but {self} holds predictions only')
+    def check_term(self, m):
+        "Raise `ValueError` unless the recording holds what a term compares"
+        find_kept(self.kept, m)
+    def hooks(self, m):
+        "What a term compares, in the place of hooks"
+        return RecordedFeatures(self, m)
     def stop(self):
         "Forget the batches"
-        self.epoch = None
+        self.epoch,self.values = None,{}
     def choose(self, *xb):
         "There is nothing to choose"
         return False
@@ -83,9 +89,14 @@ def check(self:TeacherRecording,
 @patch
 def __call__(self:TeacherRecording,
     *xb, # All inputs of a batch
-) -> Tensor: # The recorded logits, in float32, on the device of the inputs
-    "What the teacher answered; `ValueError` where the file is damaged"
-    arrays,whole = self.files.read(self._rows)
-    if not whole.all():
-        raise ValueError(f'{self.path} is damaged: {(~whole).sum()} of {len(whole)} answers are not what was written')
-    return self.files.format.decode(arrays, leaves(xb)[0].device)
+) -> Tensor: # The recorded logits, in float32, on the device of the inputs; `None` if all terms compare features
+    "Read what the teacher answered; `ValueError` where the file is damaged"
+    device = leaves(xb)[0].device
+    self.values = {i:self._read(i, device) for i in sorted({*self.in_use})}
+    return next((v for i,v in self.values.items() if self.kept[i].layer is None), None)
+
+@patch
+def _read(self:TeacherRecording, i, device):
+    arrays,whole = self.files.read(self._rows, i)
+    if whole.all(): return self.files.formats[i].decode(arrays, device)
+    raise ValueError(f'{self.path} is damaged: {(~whole).sum()} of {len(whole)} answers are not what was written')

@@ -15,6 +15,7 @@ from .answers import AnswerFormat, check_finite, choose_dtype, close, spread_of
 from .batches import inputs_of, items_per_epoch, Seeded
 from .files import alone, epochs_text, Files, recording_nbytes, size_text
 from .fingerprints import checksums, digest_model, leaves
+from .kept import Kept, KeptHooks
 from .same import check_inputs, differences, environment_of, same_in_any_order, setup_of
 
 # %% ../../nbs/recording/session.ipynb #8804685c
@@ -25,21 +26,27 @@ class RecordingSession:
         dls, # `DataLoaders`
         seed:int, # What the batches are drawn from
         resets:bool=False, # Is the teacher recurrent, and forgets its hidden state at the start of an epoch?
+        kept:list=(Kept(),), # What is kept of the teacher's forward passes; its logits by default
     ):
-        self.teacher,self.dls,self.seed,self.resets = teacher,dls,seed,resets
+        self.teacher,self.dls,self.seed,self.resets,self.kept = teacher,dls,seed,resets,list(kept)
+        self.answers_to = KeptHooks(teacher, self.kept)
         # how far answers may be from recorded ones; asked now, before a teacher with `fast=True` chooses its precision
         all_teachers = getattr(teacher, 'teachers', [teacher])
         self.tolerance = max([0.005, *(2*t.tolerance for t in all_teachers if getattr(t, 'fast', False))])
 
     def ask(self,
         dl, # Where the batch comes from
-    ) -> tuple: # Inputs, and the teacher's answer
+    ) -> tuple: # Inputs, and the teacher's answers, one for each thing that is kept
         "Ask the teacher about the first batch of `dl`"
         xb = inputs_of(self.dls, next(iter(Seeded(dl, self.seed, 0))))
         self.teacher.start(leaves(xb)[0].device, self.resets)
-        answer = self.teacher(*xb)
-        check_finite(answer)
-        return xb,answer
+        answers = self.answers_to(*xb)
+        for a in answers: check_finite(a)
+        return xb,answers
+
+def _same(answers, others):
+    "Are these the same answers, but for small differences?"
+    return all(close(a, b, 0.05*spread_of(b)) for a,b in zip(answers, others))
 
 # %% ../../nbs/recording/session.ipynb #94201911
 @patch
@@ -50,17 +57,17 @@ def look(self:RecordingSession):
 
 @patch
 def _look_in_any_order(self:RecordingSession):
-    "Whether each item can be recorded once; `dl`, `xb` and `answer` are then those of such a recording"
+    "Whether each item can be recorded once; `dl`, `xb` and `answers` are then those of such a recording"
     if not same_in_any_order(self.dls): return False
     train = self.dls.train
     dl = train.new(shuffle=False, drop_last=False, get_idxs=partial(list, range(train.n)))
     if items_per_epoch(dl, self.seed) != dl.n: return False
-    xb,answer = self.ask(dl)
-    try: _,other = self.ask(dl.new(bs=2 if dl.bs > 2 else 4, num_workers=0))
+    xb,answers = self.ask(dl)
+    try: _,others = self.ask(dl.new(bs=2 if dl.bs > 2 else 4, num_workers=0))
     except Exception: return False     # a model for batches of one size
-    n = min(len(answer), len(other))
-    if close(other[:n], answer[:n], 0.05*spread_of(answer)):
-        self.dl,self.xb,self.answer = dl,xb,answer
+    n = min(len(answers[0]), len(others[0]))
+    if _same([o[:n] for o in others], [a[:n] for a in answers]):
+        self.dl,self.xb,self.answers = dl,xb,answers
         return True
     print('The teacher\'s answer to an item depends on the others in its batch\n'
           '(as with `BatchNorm2d(track_running_stats=False)`), so batches are recorded as they are.')
@@ -71,9 +78,9 @@ def _look_in_any_order(self:RecordingSession):
 def _look_in_batches(self:RecordingSession):
     "Take the loader itself; `ValueError` where the teacher answers its first batch in two ways"
     self.dl = self.dls.train
-    self.xb,self.answer = self.ask(self.dl)
+    self.xb,self.answers = self.ask(self.dl)
     self.teacher.start(leaves(self.xb)[0].device, self.resets)
-    if close(self.teacher(*self.xb), self.answer, 0.05*spread_of(self.answer)): return
+    if _same(self.answers_to(*self.xb), self.answers): return
     raise ValueError(f'The teacher {self.teacher} answers the same batch differently when it is asked again, '
                      'so its answers cannot be recorded. Switch off what it draws at random. '
                      'If it is a recurrent model, pass its `Learner`, with a `ModelResetter`.')
@@ -87,21 +94,28 @@ def header(self:RecordingSession,
     axis:int=1, # Axis of the classes, for `topk`
 ) -> dict:
     "The header of the recording, before it is whole"
-    stored = AnswerFormat(self.answer.shape[1:], dtype or choose_dtype(self.answer), topk, axis)
+    if topk and not any(k.layer is None for k in self.kept):
+        raise ValueError(f'Expected topk only where predictions are recorded, but these losses need {self.kept}')
+    def stored(k, a): return AnswerFormat(a.shape[1:], dtype or choose_dtype(a), None if k.layer else topk, axis)
     return dict(
         teacher=repr(self.teacher), weights=digest_model(self.teacher.model),
         n_epoch=1 if self.any_order else n_epoch, rows=items_per_epoch(self.dl, self.seed),
-        any_order=self.any_order, seed=self.seed, **stored.header,
+        any_order=self.any_order, seed=self.seed,
+        answers=[{**k.header, **stored(k, a).header} for k,a in zip(self.kept, self.answers)],
         setup=setup_of(self.dls, self.dls.train, self.any_order), environment=environment_of(self.dl), whole=False)
 
 def describe_header(
     h:dict, # Header
 ) -> str:
-    "What will be recorded, in a line"
+    "What will be recorded: a line for all of it, and one for each thing that is kept"
     order = 'in any order' if h['any_order'] else f'in {epochs_text(h)} of batches'
-    highest = f', the {h["topk"]} highest' if h['topk'] else ''
-    return (f'{h["rows"]:,} items {order}, answers of shape {tuple(h["shape"])} in {h["dtype"]}{highest}, '
-            f'{size_text(recording_nbytes(h))}')
+    return '\n'.join([f'{h["rows"]:,} items {order}, {size_text(recording_nbytes(h))}', *map(_describe, h['answers'])])
+
+def _describe(a):
+    "What is kept of each item"
+    kept,highest = Kept(a['layer'], a['reduced_to']),f', the {a["topk"]} highest' if a['topk'] else ''
+    size = size_text(AnswerFormat.of(a).nbytes)
+    return f'  {kept}: shape {tuple(a["shape"])} in {a["dtype"]}{highest}, {size} for an item'
 
 # %% ../../nbs/recording/session.ipynb #219c0983
 @patch
@@ -127,16 +141,16 @@ def fill(self:RecordingSession,
     "Ask the teacher about all batches without an answer"
     h = files.header
     self.teacher.choose(*self.xb)
-    size,total = spread_of(self.answer),h['n_epoch']*math.ceil(h['rows']/self.dl.bs)
+    spreads,total = [spread_of(a) for a in self.answers],h['n_epoch']*math.ceil(h['rows']/self.dl.bs)
     for rows,xb,done in _bar(self.batches(files), total):
-        if not done: self._write(files, rows, xb, size)
+        if not done: self._write(files, rows, xb, spreads)
         elif xb is not None: check_inputs(files, rows, xb, self.dl)
 
 @patch
-def _write(self:RecordingSession, files, rows, xb, size):
-    inputs,logits = checksums(*xb),self.teacher(*xb)
-    files.format.check(logits, len(rows))
-    files.write(rows, inputs, files.format.encode(logits, size))
+def _write(self:RecordingSession, files, rows, xb, spreads):
+    inputs,answers = checksums(*xb),self.answers_to(*xb)
+    for f,a in zip(files.formats, answers): f.check(a, len(rows))
+    files.write(rows, inputs, [f.encode(a, s) for f,a,s in zip(files.formats, answers, spreads)])
 
 def _bar(gen, total):
     "A progress bar; in a log file, where each update is a line, it has at most one in a second"
@@ -158,8 +172,10 @@ def open(self:RecordingSession,
     rows = Seeded(self.dl, self.seed, 0, header['rows']).rows(0)
     if files.done(rows):
         check_inputs(files, rows, self.xb, self.dl)
-        if change := files.format.change(self.answer, files.read(rows)[0], self.tolerance):
-            raise _another(files, f'answers to the first batch, by up to {change:.3g}, though the weights are the same')
+        for i,(f,a) in enumerate(zip(files.formats, self.answers)):
+            if not (change := f.change(a, files.read(rows, i)[0], self.tolerance)): continue
+            raise _another(files, f'{self.kept[i]} in the first batch, by up to {change:.3g}, '
+                                  'though the weights are the same')
     return files
 
 def _another(files, what):
