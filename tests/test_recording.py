@@ -118,7 +118,7 @@ def test_topk_in_a_fit(tmp_path):
         learn.fit(2, cbs=KnowledgeDistillationCallback(rec, weight=1))
         ends.append(nn.utils.parameters_to_vector(learn.model.parameters()))
     assert torch.allclose(ends[0], ends[1], atol=1e-5) and not torch.allclose(ends[0], ends[2], atol=1e-3)
-    assert (tmp_path/'2'/'classes.npy').stat().st_size < (tmp_path/'None'/'logits.npy').stat().st_size
+    assert (tmp_path/'2'/'rows.npy').stat().st_size < (tmp_path/'None'/'rows.npy').stat().st_size
 
 def test_lr_find_two_fits_and_pickles(tmp_path):
     dls = data()
