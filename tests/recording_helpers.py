@@ -49,8 +49,8 @@ def is_another(f, *texts): refuses(f, 'another recording', *texts, error=FileExi
 
 def arrays(rec):
     "What a recording has on the disk"
-    rows = np.load(rec.path/'rows.npy')
-    return {k:rows[k] for k in rows.dtype.names}
+    rows = np.load(rec.path/'predictions.npy')
+    return dict(inputs=np.load(rec.path/'inputs.npy'), **{k:rows[k] for k in rows.dtype.names})
 
 def python(code, *args):
     "Run a script in a process of its own"

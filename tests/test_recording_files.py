@@ -20,7 +20,7 @@ def test_damage_is_an_error_or_without_effect(tmp_path, topk):
     record_teacher(net(8), dls, tmp_path/'r', topk=topk)
     good,rand,n_errors = train(tmp_path/'r'),random.Random(0),0
     files = sorted(f.name for f in (tmp_path/'r').iterdir())
-    assert files == ['header.json','rows.npy']
+    assert files == ['header.json','inputs.npy','predictions.npy']
     for name in files:
         size = (tmp_path/'r'/name).stat().st_size
         for what in ['cut','cut','gone','longer','zeros'] + ['byte']*30:
@@ -55,7 +55,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 rec = TeacherRecording({str(tmp_path/'large')!r})
 print(len(rec.files.read([99_999])[1]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 '''
-    assert (tmp_path/'large'/'rows.npy').stat().st_size > 200_000_000
+    assert (tmp_path/'large'/'predictions.npy').stat().st_size > 200_000_000
     n,kilobytes = python(code).stdout.split()
     assert int(n) == 1 and int(kilobytes) < 20_000
 

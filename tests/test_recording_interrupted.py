@@ -89,7 +89,7 @@ def test_two_recorders_at_one_path(tmp_path):
     asked = []
     rec = record_teacher(During(teacher, 4, second), dls, tmp_path/'r', dtype=torch.float32)
     assert asked and [f.name for f in tmp_path.iterdir()] == ['r']
-    assert sorted(f.name for f in (tmp_path/'r').iterdir()) == ['header.json','rows.npy']
+    assert sorted(f.name for f in (tmp_path/'r').iterdir()) == ['header.json','inputs.npy','predictions.npy']
     x = torch.stack([o[0] for o in dls.train.dataset])
     assert torch.allclose(torch.from_numpy(arrays(rec)['logits']), teacher.eval()(x).detach(), atol=1e-6)
 

@@ -85,7 +85,7 @@ def test_what_cannot_be_recorded(tmp_path):
     refuses(lambda: record(teacher=Times(1e7), dtype=torch.float16), 'would change', 'dtype=torch.float32')
     shutil.rmtree(part_of(path))     # of the larger answers
     refuses(lambda: record(teacher=Times(float('nan'))), 'not finite')
-    assert record_teacher(Times(1e7), dls, tmp_path/'large32').header['dtype'] == 'float32'
+    assert record_teacher(Times(1e7), dls, tmp_path/'large32').header['answers'][0]['dtype'] == 'float32'
     rec = record_teacher(net(), dls, path)
     refuses(lambda: record_teacher(rec, dls, tmp_path/'again'), 'Expected networks to record')
 
