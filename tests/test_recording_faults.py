@@ -81,61 +81,62 @@ def test_disk_that_is_full_at_the_end(tmp_path, monkeypatch):
     record_teacher(teacher, dls, tmp_path/'r')
     assert lookups() == ['r'] and teacher.n == 7
 
-limited = '''
-import resource, sys
-from fastai.basics import set_seed
-from fastdistill.recording import record_teacher
-from conftest import data, net
-from recording_helpers import During
-def limit(n): resource.setrlimit(resource.RLIMIT_FSIZE, (n, resource.RLIM_INFINITY))
-set_seed(0)
-model,dls = net(),data(240)
-try: record_teacher(During(model, 6, lambda: limit(1000)), dls, sys.argv[1])
-except OSError as e: print(e)
-limit(resource.RLIM_INFINITY)
-for path in sys.argv[1:]: record_teacher(During(model, 0, None), dls, path)
-'''
+# Processes, which are forks of one that has all modules loaded
 
-def test_system_that_refuses_to_write(tmp_path):
-    done = python(limited, tmp_path/'r', tmp_path/'whole')
-    assert 'has failed: File too large. What was recorded before is kept' in done.stdout, done.stderr
-    assert same_arrays(*[TeacherRecording(tmp_path/o) for o in ('r','whole')])
-
-# Killed
-
-killed = '''
-import os, signal, sys
+forks = '''
+import os, resource, signal, sys
 from fastai.basics import Callback, set_seed
 from fastdistill.recording import record_teacher, TeacherRecording
-from recording_helpers import cnn, fit, images
+from recording_helpers import cnn, During, fit, images
+pwrite = os.pwrite
 class Dies(Callback):
     def after_loss(self):
         if self.training and self.iter == 2: os.kill(os.getpid(), signal.SIGKILL)
-def half(fd, content, position, pwrite=os.pwrite):
-    global left
-    left -= 1
-    if left: return pwrite(fd, content, position)
+
+def half(fd, content, position):
+    global n_writes
+    n_writes += 1
+    if n_writes < 4: return pwrite(fd, content, position)
     pwrite(fd, content[:len(content)//2], position)
     os.kill(os.getpid(), signal.SIGKILL)
-what,path,left = sys.argv[1],sys.argv[2],4
-set_seed(0)
-teacher,dls = cnn(),images()
-if what == 'replay': fit(TeacherRecording(path), dls, cbs=[Dies()])
-if what == 'half': os.pwrite = half
-record_teacher(teacher, dls, path, n_epoch=2)
+
+def limit(n): resource.setrlimit(resource.RLIMIT_FSIZE, (n, resource.RLIM_INFINITY))
+
+def record(path, teacher=None):
+    set_seed(0)
+    record_teacher(During(cnn(), 0, None) if teacher is None else teacher, images(), path, n_epoch=2)
+
+def do(what, path):
+    global n_writes
+    n_writes = 0
+    if what == 'record': record(path)
+    if what == 'replay': fit(TeacherRecording(path), images(), cbs=[Dies()])
+    if what == 'half':
+        os.pwrite = half
+        record(path)
+    if what == 'limit':
+        set_seed(0)
+        try: record(path, During(cnn(), 5, lambda: limit(400)))
+        except OSError as e: print(e, flush=True)
+
+for what,path in zip(sys.argv[1::2], sys.argv[2::2]):
+    if not (pid := os.fork()):
+        do(what, path)
+        os._exit(0)
+    print(what, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 '''
 
-def test_killed_in_the_middle_of_writing_and_of_replaying(tmp_path):
-    def run(what, name): return python(killed, what, tmp_path/name).returncode
-    assert run('half', 'r') == -signal.SIGKILL
-    half_written = Files(tmp_path/'r.part').read(range(40))[1].tolist()
+def test_processes_that_end_in_the_middle(tmp_path):
+    half,r,s,whole = (tmp_path/o for o in ('half','r','s','whole'))
+    scenes = ('half',half),('record',whole),('half',r),('record',r),('limit',s),('record',s),('replay',r)
+    done = python(forks, *[o for scene in scenes for o in scene])
+    out,kill = done.stdout + done.stderr,-signal.SIGKILL
+    for text in f'half {kill}','record 0','limit 0',f'replay {kill}': assert text in out, out
+    assert 'has failed: File too large. What was recorded before is kept' in out and 'record 1' not in out
+    half_written = Files(part_of(half)).read(range(40))[1].tolist()
     assert half_written == [True]*14 + [False]*26     # three batches of four rows, and half of the fourth
-    assert run('whole', 'r') == run('whole', 'whole') == 0
-    a,b = (TeacherRecording(tmp_path/o) for o in ('r','whole'))
-    assert same_arrays(a, b)
-    before = on_disk(tmp_path)
-    assert run('replay', 'r') == -signal.SIGKILL and on_disk(tmp_path) == before
-    fit(a, images(), 2)
+    for o in r,s: assert same_arrays(TeacherRecording(o), TeacherRecording(whole))
+    fit(TeacherRecording(r), images(), 2)
 
 # Folders
 
