@@ -8,10 +8,10 @@ __all__ = ['TeacherRecording']
 # %% ../../nbs/recording/replay.ipynb #d722ec29
 from pathlib import Path
 from fastai.callback.mixup import MixHandler
-from fastai.torch_core import num_distrib
+from fastai.callback.rnn import ModelResetter
 from fastcore.basics import patch
 from torch import nn, Tensor
-from .batches import Numbered, Seeded
+from .batches import loader_of, Numbered, Seeded
 from .files import epochs_text, Files, part_of
 from .fingerprints import leaves
 from .kept import find_kept, RecordedFeatures
@@ -63,17 +63,23 @@ def batches(self:TeacherRecording,
     learn, # The learner at the start of an epoch
 ): # Its batches
     "The batches of this epoch as they were recorded; `ValueError` if they cannot be had"
-    if num_distrib() > 1: raise ValueError(f'{self} is replayed in one process, but this is one of several')
+    dl,process = loader_of(learn.dl)
+    check_loader(dl)
+    _check_processes(learn, **process)
     if mix := next((cb for cb in learn.cbs if isinstance(cb, MixHandler)), None):
         raise ValueError(f'{mix} blends inputs during training, and {self} has no answers to blends. '
                          'Train with the teacher itself, or without blends.')
-    check_loader(learn.dl)
     h = self.header
-    if d := differences(h['setup'], setup_of(learn.dls, learn.dl, h['any_order'])):
+    if d := differences(h['setup'], setup_of(learn.dls, dl, h['any_order'])):
         raise ValueError(f'{self} was made with other batches. {d}')
-    if h['any_order']: self.epoch = Numbered(learn.dl)
-    else: self.epoch = Seeded(learn.dl, h['seed'], learn.epoch % h['n_epoch'], h['rows'])
+    if h['any_order']: self.epoch = Numbered(dl, **process)
+    else: self.epoch = Seeded(dl, h['seed'], learn.epoch % h['n_epoch'], h['rows'], **process)
     return self.epoch
+
+def _check_processes(learn, rank=0, world=1, device=None):
+    if world < 2 or not any(isinstance(cb, ModelResetter) for cb in learn.cbs): return
+    raise ValueError('A recurrent model reads the batches of a recording in their order, '
+                     f'so {world} processes cannot share them. Use one process.')
 
 # %% ../../nbs/recording/replay.ipynb #9635a2f4
 @patch(as_prop=True)

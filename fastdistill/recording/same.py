@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from fastai.data.load import DataLoader
 from fastcore.xtras import is_listy
-from .batches import inputs_of, is_stream, seeded
+from .batches import has_own_way, inputs_of, is_stream, seeded
 from .fingerprints import checksums
 
 # %% ../../nbs/recording/same.ipynb #e80075eb
@@ -69,7 +69,8 @@ def environment_of(
     device = torch.device(dl.device or 'cpu')
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
     versions = {k:_version(k) for k in ('fastai','torch','torchvision','numpy','pillow')}
-    return dict(workers=dl.fake_l.num_workers, device=name, threads=torch.get_num_threads(), **versions)
+    workers = dict(workers=dl.fake_l.num_workers) if has_own_way(dl) else {}     # otherwise they change nothing
+    return dict(**workers, device=name, threads=torch.get_num_threads(), **versions)
 
 def _version(name):
     try: return version(name)
