@@ -5,6 +5,7 @@ from fastai.basics import Callback
 from fastdistill.recording import record_teacher, TeacherRecording
 from fastdistill.recording.answers import AnswerFormat
 from fastdistill.recording.files import Files, part_of, recording_nbytes
+from fastdistill.recording.kept import Kept
 from hypothesis import given, settings, strategies as st
 from conftest import data, net, same_state, state
 from recording_helpers import arrays, cnn, Counting, fit, images, python, refuses
@@ -25,21 +26,21 @@ layouts = st.tuples(st.lists(st.integers(2, 5), min_size=1, max_size=3), st.samp
 def test_zeros_do_not_count_as_written(tmp_path_factory, layout):
     "Whatever the answers look like, zeros among them"
     shape,dtype,topk = layout
-    header = dict(n_epoch=1, rows=3, whole=False, **AnswerFormat(shape, dtype, topk).header)
+    header = dict(n_epoch=1, rows=3, whole=False, answers=[{**Kept().header, **AnswerFormat(shape, dtype, topk).header}])
     files = Files.create(tmp_path_factory.mktemp('zeros')/'r', header)
     assert not files.read(range(3))[1].any()
-    answers = files.format.encode(torch.zeros(2, *shape))
-    files.write(range(2), torch.ones(2).int(), answers)
+    answers = files.formats[0].encode(torch.zeros(2, *shape))
+    files.write(range(2), torch.ones(2).int(), [answers])
     assert files.read(range(3))[1].tolist() == [True,True,False]
-    rows = np.load(files.path/'rows.npy', mmap_mode='r+')
-    assert (rows['checksums'][:2] != 0).all()
-    rows['checksums'][1] = 0     # answers without their checksums
+    rows = np.load(files.path/'predictions.npy', mmap_mode='r+')
+    assert (rows['checksum'][:2] != 0).all()
+    rows['checksum'][1] = 0     # answers without their checksums
     assert files.read(range(3))[1].tolist() == [True,False,False]
 
 def test_bytes_of_an_item():
     "TinyViT needs 4 + 4K"
     for k in 1,10,100:
-        header = dict(n_epoch=1, rows=1, **AnswerFormat((1000,), topk=k).header)
+        header = dict(n_epoch=1, rows=1, answers=[{**Kept().header, **AnswerFormat((1000,), topk=k).header}])
         assert recording_nbytes(header) == 4 + 4*k + 8
 
 # Space
@@ -96,7 +97,7 @@ class Dies(Callback):
 def half(fd, content, position):
     global n_writes
     n_writes += 1
-    if n_writes < 4: return pwrite(fd, content, position)
+    if n_writes < 8: return pwrite(fd, content, position)     # two for each batch: inputs and answers
     pwrite(fd, content[:len(content)//2], position)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -183,8 +184,8 @@ def test_file_that_is_cut_during_a_fit(tmp_path):
     rec = record_teacher(cnn(), dls, tmp_path/'r')
     class Cut(Callback):
         def before_batch(self):
-            if self.training and self.iter == 2: os.truncate(tmp_path/'r'/'rows.npy', 200)
-    refuses(lambda: fit(rec, dls, cbs=[Cut()]), 'r is damaged: rows.npy is shorter than it was')
+            if self.training and self.iter == 2: os.truncate(tmp_path/'r'/'predictions.npy', 200)
+    refuses(lambda: fit(rec, dls, cbs=[Cut()]), 'r is damaged: predictions.npy is shorter than it was')
 
 # Versions
 

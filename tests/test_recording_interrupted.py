@@ -31,7 +31,7 @@ def test_goes_on_with_the_same_alone(tmp_path, monkeypatch):
         return record_teacher(Counting(teacher), dls, tmp_path/'r', **{'n_epoch':2, **kwargs})
     is_another(lambda: again(teacher, seed=1), 'seed: 0 when')
     is_another(lambda: again(teacher, n_epoch=3), 'n_epoch: 2 when')
-    is_another(lambda: again(teacher, dtype=torch.float32), 'dtype: float16 when')
+    is_another(lambda: again(teacher, dtype=torch.float32), 'predictions in float16', 'predictions in float32')
     is_another(lambda: again(cnn()), 'weights: ')
     monkeypatch.setattr(recording_helpers, 'pictures', recording_helpers.pictures[::-1])
     refuses(lambda: again(teacher, images()), 'not the batch that was recorded')

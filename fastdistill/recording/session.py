@@ -168,7 +168,7 @@ def open(self:RecordingSession,
     "The files in a folder; `FileExistsError` where they belong to another recording"
     files = Files(folder, write)
     wanted = {k:v for k,v in header.items() if k not in ('environment','whole')}
-    if d := differences(files.header, wanted): raise _another(files, d)
+    if d := differences(_brief(files.header), _brief(wanted)): raise _another(files, d)
     rows = Seeded(self.dl, self.seed, 0, header['rows']).rows(0)
     if files.done(rows):
         check_inputs(files, rows, self.xb, self.dl)
@@ -177,6 +177,13 @@ def open(self:RecordingSession,
             raise _another(files, f'{self.kept[i]} in the first batch, by up to {change:.3g}, '
                                   'though the weights are the same')
     return files
+
+def _brief(h):
+    "A header in which texts say what is kept"
+    def brief(a):
+        rest = ''.join(f', {k} {a[k]}' for k in ('shape','topk','axis') if a[k] is not None)
+        return f'{Kept(a["layer"], a["reduced_to"])} in {a["dtype"]}{rest}'
+    return {**h, 'answers':'; '.join(map(brief, h['answers']))}
 
 def _another(files, what):
     return FileExistsError(f'{files.path} holds another recording. Delete it or choose another path. '
