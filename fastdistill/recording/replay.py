@@ -7,11 +7,11 @@ __all__ = ['TeacherRecording']
 
 # %% ../../nbs/recording/replay.ipynb #d722ec29
 from pathlib import Path
-from fastai.callback.mixup import MixHandler
 from fastai.callback.rnn import ModelResetter
 from fastcore.basics import patch
 from torch import nn, Tensor
 from .batches import loader_of, Numbered, Seeded
+from .blends import check_blends, seed_blends
 from .files import epochs_text, Files, part_of
 from .fingerprints import leaves
 from .same import check_inputs, check_loader, differences, setup_of
@@ -31,7 +31,7 @@ class TeacherRecording(Teacher):
         self.files = Files(self.path)
         self.header = self.files.header
         if not self.header['whole']: raise ValueError(f'{path} is not whole: its recording was interrupted')
-        self.epoch = None     # the batches of the running epoch
+        self.epoch,self.blends = None,[]     # the batches of the running epoch, and what blends them
 
     def start(self, device, reset=False):
         "There is nothing to start"
@@ -40,7 +40,8 @@ class TeacherRecording(Teacher):
         raise ValueError(f'expected a network as the teacher, but {self} holds predictions only')
     def stop(self):
         "Forget the batches"
-        self.epoch = None
+        for b in self.blends: b.remove()
+        self.epoch,self.blends = None,[]
     def choose(self, *xb):
         "There is nothing to choose"
         return False
@@ -57,17 +58,17 @@ def batches(self:TeacherRecording,
     learn, # The learner at the start of an epoch
 ): # Its batches
     "The batches of this epoch as they were recorded; `ValueError` if they cannot be had"
+    self.stop()
     dl,process = loader_of(learn.dl)
     check_loader(dl)
     _check_processes(learn, **process)
-    if mix := next((cb for cb in learn.cbs if isinstance(cb, MixHandler)), None):
-        raise ValueError(f'{mix} blends inputs during training, and {self} has no answers to blends. '
-                         'Train with the teacher itself, or without blends.')
+    check_blends(learn, self)
     h = self.header
     if d := differences(h['setup'], setup_of(learn.dls, dl, h['any_order'])):
         raise ValueError(f'{self} was made with other batches. {d}')
     if h['any_order']: self.epoch = Numbered(dl, **process)
     else: self.epoch = Seeded(dl, h['seed'], learn.epoch % h['n_epoch'], h['rows'], **process)
+    self.blends = seed_blends(learn, self.epoch)
     return self.epoch
 
 def _check_processes(learn, rank=0, world=1, device=None):
