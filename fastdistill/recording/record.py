@@ -6,14 +6,15 @@
 __all__ = ['record_teacher']
 
 # %% ../../nbs/recording/record.ipynb #fea179b6
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
 import torch
 from fastai.callback.rnn import ModelResetter
 from fastai.learner import Learner
-from fastai.torch_core import num_distrib
 from .batches import seeded, texts_in_order
 from .kept import kept_for
+from .processes import together
 from .replay import TeacherRecording
 from .same import check_loader
 from .session import RecordingSession
@@ -35,29 +36,46 @@ def record_teacher(
     topk:int=None, # Number of highest logits to keep, with the sum of the others; all by default
     axis:int=1, # Axis of the classes, for `topk`
     reduce:bool=True, # Keep only what the losses need of a feature, such as maps of attention?
+    cbs=None, # `MixUp`, `CutMix` or a list of them: the teacher is asked about blended inputs
 ): # `TeacherRecording`
     "Record what losses need of a teacher, or complete a recording; `FileExistsError` if `path` has another one"
-    dl,rng = dls.train,deepcopy(getattr(dls.train, 'rng', None))
-    _check_arguments(dl, n_epoch, dtype)
-    resets = isinstance(teacher, Learner) and any(isinstance(cb, ModelResetter) for cb in teacher.cbs)
-    teacher = as_teacher(teacher)
-    if not teacher.live: raise ValueError(f'Expected networks to record, but got {teacher}')
-    objective = loss if isinstance(loss, Objective) else Objective(loss, student_layers or teacher_layers, teacher_layers)
-    objective.check_teacher(teacher)
-    session = RecordingSession(teacher, dls, seed, resets, kept_for(objective.terms, reduce))
-    try:
-        with session.answers_to, seeded(seed, dl.device), texts_in_order(dl):
+    with together() as processes, ExitStack() as undo:
+        with processes.ending_together():
+            _check_arguments(dls.train, n_epoch, dtype)
+            resets = isinstance(teacher, Learner) and any(isinstance(cb, ModelResetter) for cb in teacher.cbs)
+            if resets: _check_alone(processes)
+            teacher = as_teacher(teacher)
+            if not teacher.live: raise ValueError(f'Expected networks to record, but got {teacher}')
+            kept = _needed(teacher, loss, student_layers, teacher_layers, reduce)
+            session = RecordingSession(teacher, dls, seed, resets, kept, cbs, processes)
+            undo.enter_context(session.answers_to)
+            undo.callback(teacher.stop)
+            undo.enter_context(_as_found(dls.train, seed))
             session.look()
-            session.record(Path(path), session.header(n_epoch, dtype, topk, axis))
-    finally:
-        teacher.stop()
-        dl.rng = rng
+            header = session.header(n_epoch, dtype, topk, axis)
+        session.record(Path(path), header)
     return TeacherRecording(path)
 
+def _needed(teacher, loss, student_layers, teacher_layers, reduce):
+    "What the terms of an objective need of the teacher"
+    if not isinstance(loss, Objective): loss = Objective(loss, student_layers or teacher_layers, teacher_layers)
+    loss.check_teacher(teacher)
+    return kept_for(loss.terms, reduce)
+
+@contextmanager
+def _as_found(dl, seed):
+    "Leave random states, and the order of a stream of texts, as they are"
+    rng = deepcopy(dl.rng)
+    with seeded(seed, dl.device), texts_in_order(dl):
+        try: yield
+        finally: dl.rng = rng
+
+def _check_alone(processes):
+    if processes.world < 2: return
+    raise ValueError('A recurrent teacher is asked about the batches of an epoch in their order, '
+                     f'so {processes.world} processes cannot share them. Record it in one, with plain `python`.')
+
 def _check_arguments(dl, n_epoch, dtype):
-    if num_distrib() > 1:
-        raise ValueError('A teacher is recorded by one process, but this is one of several. '
-                         'Record it before, with plain `python`.')
     if dtype not in (None,torch.float16,torch.float32):
         raise ValueError(f'Expected dtype to be torch.float16 or torch.float32, but got {dtype!r}')
     if n_epoch < 1: raise ValueError(f'Expected at least one epoch, but got n_epoch={n_epoch}')

@@ -7,11 +7,11 @@ __all__ = ['TeacherRecording']
 
 # %% ../../nbs/recording/replay.ipynb #d722ec29
 from pathlib import Path
-from fastai.callback.mixup import MixHandler
 from fastai.callback.rnn import ModelResetter
 from fastcore.basics import patch
 from torch import nn, Tensor
 from .batches import loader_of, Numbered, Seeded
+from .blends import check_blends, seed_blends
 from .files import epochs_text, Files, part_of
 from .fingerprints import leaves
 from .kept import find_kept, RecordedFeatures
@@ -33,8 +33,8 @@ class TeacherRecording(Teacher):
         self.header = self.files.header
         if not self.header['whole']: raise ValueError(f'{path} is not whole: its recording was interrupted')
         self.kept = self.files.kept
-        self.epoch,self.values = None,{}     # the batches of the running epoch; what was read of its batch, by number
-        self.in_use = []                     # numbers of what the terms of a fit compare
+        self.epoch,self.blends = None,[]     # of the running epoch: its batches, what blends them
+        self.values,self.in_use = {},[]      # what was read of the running batch, and what its fit compares, by number
 
     def start(self, device, reset=False):
         "There is nothing to start"
@@ -46,7 +46,8 @@ class TeacherRecording(Teacher):
         return RecordedFeatures(self, m)
     def stop(self):
         "Forget the batches"
-        self.epoch,self.values = None,{}
+        for b in self.blends: b.remove()
+        self.epoch,self.blends,self.values = None,[],{}
     def choose(self, *xb):
         "There is nothing to choose"
         return False
@@ -63,17 +64,17 @@ def batches(self:TeacherRecording,
     learn, # The learner at the start of an epoch
 ): # Its batches
     "The batches of this epoch as they were recorded; `ValueError` if they cannot be had"
+    self.stop()
     dl,process = loader_of(learn.dl)
     check_loader(dl)
     _check_processes(learn, **process)
-    if mix := next((cb for cb in learn.cbs if isinstance(cb, MixHandler)), None):
-        raise ValueError(f'{mix} blends inputs during training, and {self} has no answers to blends. '
-                         'Train with the teacher itself, or without blends.')
+    check_blends(learn, self)
     h = self.header
     if d := differences(h['setup'], setup_of(learn.dls, dl, h['any_order'])):
         raise ValueError(f'{self} was made with other batches. {d}')
     if h['any_order']: self.epoch = Numbered(dl, **process)
     else: self.epoch = Seeded(dl, h['seed'], learn.epoch % h['n_epoch'], h['rows'], **process)
+    self.blends = seed_blends(learn, self.epoch)
     return self.epoch
 
 def _check_processes(learn, rank=0, world=1, device=None):

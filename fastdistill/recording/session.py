@@ -7,15 +7,18 @@ __all__ = ['RecordingSession', 'describe_header']
 
 # %% ../../nbs/recording/session.ipynb #84658e26
 import math, sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
 from fastprogress.fastprogress import ConsoleProgressBar, progress_bar
 from .answers import AnswerFormat, check_finite, choose_dtype, close, spread_of
-from .batches import inputs_of, items_per_epoch, Seeded
-from .files import alone, epochs_text, Files, recording_nbytes, size_text
+from .batches import items_per_epoch, Seeded
+from .blends import Blends
+from .files import alone, epochs_text, Files, part_of, recording_nbytes, size_text
 from .fingerprints import checksums, digest_model, leaves
 from .kept import Kept, KeptHooks
+from .processes import Processes
 from .same import check_inputs, differences, environment_of, same_in_any_order, setup_of
 
 # %% ../../nbs/recording/session.ipynb #8804685c
@@ -27,9 +30,12 @@ class RecordingSession:
         seed:int, # What the batches are drawn from
         resets:bool=False, # Is the teacher recurrent, and forgets its hidden state at the start of an epoch?
         kept:list=(Kept(),), # What is kept of the teacher's forward passes; its logits by default
+        cbs=None, # Callbacks that blend inputs
+        processes:Processes=None, # Those that record together
     ):
         self.teacher,self.dls,self.seed,self.resets,self.kept = teacher,dls,seed,resets,list(kept)
         self.answers_to = KeptHooks(teacher, self.kept)
+        self.blends,self.processes = Blends(cbs),processes or Processes()
         # how far answers may be from recorded ones; asked now, before a teacher with `fast=True` chooses its precision
         all_teachers = getattr(teacher, 'teachers', [teacher])
         self.tolerance = max([0.005, *(2*t.tolerance for t in all_teachers if getattr(t, 'fast', False))])
@@ -38,7 +44,8 @@ class RecordingSession:
         dl, # Where the batch comes from
     ) -> tuple: # Inputs, and the teacher's answers, one for each thing that is kept
         "Ask the teacher about the first batch of `dl`"
-        xb = inputs_of(self.dls, next(iter(Seeded(dl, self.seed, 0))))
+        epoch = Seeded(dl, self.seed, 0)
+        xb = self.blends.inputs(self.dls, next(iter(epoch)), epoch)
         self.teacher.start(leaves(xb)[0].device, self.resets)
         answers = self.answers_to(*xb)
         for a in answers: check_finite(a)
@@ -52,7 +59,7 @@ def _same(answers, others):
 @patch
 def look(self:RecordingSession):
     "Find out how to record, by what the teacher answers to the first batch"
-    self.any_order = not self.resets and self._look_in_any_order()
+    self.any_order = not (self.resets or self.blends) and self._look_in_any_order()
     if not self.any_order: self._look_in_batches()
 
 @patch
@@ -69,8 +76,9 @@ def _look_in_any_order(self:RecordingSession):
     if _same([o[:n] for o in others], [a[:n] for a in answers]):
         self.dl,self.xb,self.answers = dl,xb,answers
         return True
-    print('The teacher\'s answer to an item depends on the others in its batch\n'
-          '(as with `BatchNorm2d(track_running_stats=False)`), so batches are recorded as they are.')
+    if self.processes.is_first:
+        print('The teacher\'s answer to an item depends on the others in its batch\n'
+              '(as with `BatchNorm2d(track_running_stats=False)`), so batches are recorded as they are.')
     return False
 
 # %% ../../nbs/recording/session.ipynb #4de9030a
@@ -100,7 +108,7 @@ def header(self:RecordingSession,
     return dict(
         teacher=repr(self.teacher), weights=digest_model(self.teacher.model),
         n_epoch=1 if self.any_order else n_epoch, rows=items_per_epoch(self.dl, self.seed),
-        any_order=self.any_order, seed=self.seed,
+        any_order=self.any_order, seed=self.seed, blends=self.blends.texts,
         answers=[{**k.header, **stored(k, a).header} for k,a in zip(self.kept, self.answers)],
         setup=setup_of(self.dls, self.dls.train, self.any_order), environment=environment_of(self.dl), whole=False)
 
@@ -123,15 +131,16 @@ def batches(self:RecordingSession,
     files:Files, # What is recorded
 ): # A generator
     "Rows and inputs of each batch, and whether it has an answer; inputs are `None` in epochs without a gap"
-    for epoch in range(files.header['n_epoch']):
-        epoch_batches = Seeded(self.dl, self.seed, epoch, files.header['rows'])
-        rows = [epoch_batches.rows(i) for i in range(math.ceil(files.header['rows']/self.dl.bs))]
+    h,p = files.header,self.processes
+    for n in range(h['n_epoch']):
+        epoch = Seeded(self.dl, self.seed, n, h['rows'], p.rank, p.world)
+        rows = [epoch.rows(i) for i in range(p.rank, epoch.n_batches, p.world)]
         done = [not self.resets and files.done(r) for r in rows]
         if all(done):
             yield from ((r,None,True) for r in rows)
             continue
         if self.resets: self.teacher.start(self.teacher.device, True)
-        for r,b,d in zip(rows, epoch_batches, done): yield r,inputs_of(self.dls, b),d
+        for r,b,d in zip(rows, epoch, done): yield r,self.blends.inputs(self.dls, b, epoch),d
 
 # %% ../../nbs/recording/session.ipynb #03c91ba8
 @patch
@@ -139,10 +148,13 @@ def fill(self:RecordingSession,
     files:Files, # Open for writing
 ):
     "Ask the teacher about all batches without an answer"
-    h = files.header
+    h,p = files.header,self.processes
     self.teacher.choose(*self.xb)
-    spreads,total = [spread_of(a) for a in self.answers],h['n_epoch']*math.ceil(h['rows']/self.dl.bs)
-    for rows,xb,done in _bar(self.batches(files), total):
+    spreads,n_batches = [spread_of(a) for a in self.answers],math.ceil(h['rows']/self.dl.bs)
+    batches = self.batches(files)
+    if p.is_first: batches = _bar(batches, h['n_epoch']*len(range(0, n_batches, p.world)))
+    for rows,xb,done in batches:
+        p.go_on()
         if not done: self._write(files, rows, xb, spreads)
         elif xb is not None: check_inputs(files, rows, xb, self.dl)
 
@@ -196,12 +208,17 @@ def record(self:RecordingSession,
     header:dict, # What to record, and how
 ):
     "Make the recording, complete it, or see that it is there"
-    if path.exists(): return self.open(path, header)
-    with alone(path) as part:
-        if path.exists(): return self.open(path, header)     # another process has just finished it
-        if (part/'header.json').exists(): files = self.open(part, header, write=True)
-        else:
-            print(f'{path.name}: {describe_header(header)}')
-            files = Files.create(path, header)
+    p,part = self.processes,part_of(path)
+    with ExitStack() as lock, p.ending_together():
+        whole = path.exists()
+        if p.is_first and not whole:
+            lock.enter_context(alone(path))
+            whole = path.exists()     # another call has just finished it
+            if not whole and not (part/'header.json').exists():
+                print(f'{path.name}: {describe_header(header)}')
+                Files.create(path, header)
+        if p.exchange(whole)[0]: return self.open(path, header)
+        files = self.open(part, header, write=True)
         self.fill(files)
-        files.finish()
+        p.exchange()
+        if p.is_first: files.finish()
