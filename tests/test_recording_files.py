@@ -53,7 +53,7 @@ import resource
 from fastdistill.recording import TeacherRecording
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 rec = TeacherRecording({str(tmp_path/'large')!r})
-print(len(rec.files.read([99_999])[1]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(len(rec.folders[0].read([99_999])[1]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 '''
     assert (tmp_path/'large'/'rows.npy').stat().st_size > 200_000_000
     n,kilobytes = python(code).stdout.split()

@@ -28,10 +28,11 @@ def record_teacher(
     dtype:torch.dtype=None, # `torch.float16` or `torch.float32`; the first if it is precise enough
     topk:int=None, # Number of highest logits to keep, with the sum of the others; all by default
     axis:int=1, # Axis of the classes, for `topk`
-): # `TeacherRecording`
+    first_epoch:int=0, # Number of the first epoch to record, if others record those before it
+): # `TeacherRecording`, or `None` if epochs come before it
     "Record a teacher's answers, or complete a recording; `FileExistsError` if `path` has another one"
     dl,rng = dls.train,deepcopy(getattr(dls.train, 'rng', None))
-    _check_arguments(dl, n_epoch, dtype)
+    _check_arguments(dl, n_epoch, first_epoch, dtype)
     resets = isinstance(teacher, Learner) and any(isinstance(cb, ModelResetter) for cb in teacher.cbs)
     teacher = as_teacher(teacher)
     if not teacher.live: raise ValueError(f'Expected networks to record, but got {teacher}')
@@ -39,19 +40,20 @@ def record_teacher(
     try:
         with seeded(seed, dl.device), texts_in_order(dl):
             session.look()
-            session.record(Path(path), session.header(n_epoch, dtype, topk, axis))
+            session.record(Path(path), session.header(n_epoch, dtype, topk, axis, first_epoch))
     finally:
         teacher.stop()
         dl.rng = rng
-    return TeacherRecording(path)
+    return None if first_epoch else TeacherRecording(path)
 
-def _check_arguments(dl, n_epoch, dtype):
+def _check_arguments(dl, n_epoch, first_epoch, dtype):
     if num_distrib() > 1:
         raise ValueError('A teacher is recorded by one process, but this is one of several. '
                          'Record it before, with plain `python`.')
     if dtype not in (None,torch.float16,torch.float32):
         raise ValueError(f'Expected dtype to be torch.float16 or torch.float32, but got {dtype!r}')
     if n_epoch < 1: raise ValueError(f'Expected at least one epoch, but got n_epoch={n_epoch}')
+    if first_epoch < 0: raise ValueError(f'Epochs are counted from 0, but got first_epoch={first_epoch}')
     check_loader(dl)
     if dl.n is None or dl.bs is None or not len(dl):
         raise ValueError('Expected a training set of known size, with at least one batch, '

@@ -14,7 +14,7 @@ from fastprogress.fastprogress import ConsoleProgressBar, progress_bar
 from .answers import AnswerFormat, check_finite, choose_dtype, close, spread_of
 from .batches import inputs_of, items_per_epoch, Seeded
 from .files import alone, epochs_text, Files, recording_nbytes, size_text
-from .fingerprints import checksums, digest_model, leaves
+from .fingerprints import checksums, digest_header, digest_model, leaves
 from .same import check_inputs, differences, environment_of, same_in_any_order, setup_of
 
 # %% ../../nbs/recording/session.ipynb #8804685c
@@ -33,9 +33,10 @@ class RecordingSession:
 
     def ask(self,
         dl, # Where the batch comes from
+        epoch:int=0, # Its number
     ) -> tuple: # Inputs, and the teacher's answer
-        "Ask the teacher about the first batch of `dl`"
-        xb = inputs_of(self.dls, next(iter(Seeded(dl, self.seed, 0))))
+        "Ask the teacher about the first batch of an epoch"
+        xb = inputs_of(self.dls, next(iter(Seeded(dl, self.seed, epoch))))
         self.teacher.start(leaves(xb)[0].device, self.resets)
         answer = self.teacher(*xb)
         check_finite(answer)
@@ -85,13 +86,18 @@ def header(self:RecordingSession,
     dtype=None, # `torch.float16` or `torch.float32`, by default the first where it is precise enough
     topk:int=None, # Number of highest logits to keep
     axis:int=1, # Axis of the classes, for `topk`
+    first_epoch:int=0, # Number of the first of these epochs
 ) -> dict:
     "The header of the recording, before it is whole"
+    if self.any_order and first_epoch:
+        raise ValueError(f'Items look the same in each epoch, so each is recorded once: expected first_epoch=0, '
+                         f'but got {first_epoch}')
     stored = AnswerFormat(self.answer.shape[1:], dtype or choose_dtype(self.answer), topk, axis)
     return dict(
         teacher=repr(self.teacher), weights=digest_model(self.teacher.model),
-        n_epoch=1 if self.any_order else n_epoch, rows=items_per_epoch(self.dl, self.seed),
-        any_order=self.any_order, seed=self.seed, **stored.header,
+        n_epoch=1 if self.any_order else n_epoch, first_epoch=first_epoch, rows=items_per_epoch(self.dl, self.seed),
+        any_order=self.any_order, seed=self.seed, inputs=digest_header(dict(inputs=checksums(*self.xb).tolist()))[:16],
+        **stored.header,
         setup=setup_of(self.dls, self.dls.train, self.any_order), environment=environment_of(self.dl), whole=False)
 
 def describe_header(
@@ -109,15 +115,16 @@ def batches(self:RecordingSession,
     files:Files, # What is recorded
 ): # A generator
     "Rows and inputs of each batch, and whether it has an answer; inputs are `None` in epochs without a gap"
-    for epoch in range(files.header['n_epoch']):
-        epoch_batches = Seeded(self.dl, self.seed, epoch, files.header['rows'])
-        rows = [epoch_batches.rows(i) for i in range(math.ceil(files.header['rows']/self.dl.bs))]
-        done = [not self.resets and files.done(r) for r in rows]
-        if all(done):
-            yield from ((r,None,True) for r in rows)
+    h = files.header
+    for epoch in range(h['first_epoch'], h['first_epoch'] + h['n_epoch']):
+        epoch_batches = Seeded(self.dl, self.seed, epoch, h['rows'])
+        def done(rows): return not self.resets and files.done(rows)     # asked late: a gap ends the first search
+        def rows(): return map(epoch_batches.rows, range(math.ceil(h['rows']/self.dl.bs)))
+        if all(map(done, rows())):
+            yield from ((r,None,True) for r in rows())
             continue
         if self.resets: self.teacher.start(self.teacher.device, True)
-        for r,b,d in zip(rows, epoch_batches, done): yield r,inputs_of(self.dls, b),d
+        for r,b in zip(rows(), epoch_batches): yield r,inputs_of(self.dls, b),done(r)
 
 # %% ../../nbs/recording/session.ipynb #03c91ba8
 @patch
@@ -153,12 +160,14 @@ def open(self:RecordingSession,
 ) -> Files:
     "The files in a folder; `FileExistsError` where they belong to another recording"
     files = Files(folder, write)
-    wanted = {k:v for k,v in header.items() if k not in ('environment','whole')}
+    wanted = {k:v for k,v in header.items() if k not in ('environment','inputs','whole')}
     if d := differences(files.header, wanted): raise _another(files, d)
-    rows = Seeded(self.dl, self.seed, 0, header['rows']).rows(0)
+    first = header['first_epoch']
+    rows = Seeded(self.dl, self.seed, first, header['rows']).rows(0)
     if files.done(rows):
-        check_inputs(files, rows, self.xb, self.dl)
-        if change := files.format.change(self.answer, files.read(rows)[0], self.tolerance):
+        xb,answer = self.ask(self.dl, first) if first else (self.xb,self.answer)
+        check_inputs(files, rows, xb, self.dl)
+        if change := files.format.change(answer, files.read(rows)[0], self.tolerance):
             raise _another(files, f'answers to the first batch, by up to {change:.3g}, though the weights are the same')
     return files
 
