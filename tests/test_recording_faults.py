@@ -7,7 +7,7 @@ from fastdistill.recording.answers import AnswerFormat
 from fastdistill.recording.files import Files, part_of, recording_nbytes
 from fastdistill.recording.kept import Kept
 from hypothesis import given, settings, strategies as st
-from conftest import data, net, same_state, state
+from conftest import data, net, state
 from recording_helpers import arrays, cnn, Counting, fit, images, python, refuses
 
 def same_arrays(a, b): return all(np.array_equal(v, arrays(b)[k]) for k,v in arrays(a).items())

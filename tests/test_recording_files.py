@@ -1,12 +1,12 @@
 "Damaged files, full disks, and recordings that are larger than the memory."
-import random, shutil
+import os, random, shutil
 import pytest, torch
 from fastai.basics import set_seed
 from fastdistill.callback import KnowledgeDistillationCallback
 from fastdistill.recording import record_teacher, TeacherRecording
 from fastdistill.recording.files import Files
 from conftest import data, learner, net, state
-from recording_helpers import Counting, python, refuses
+from recording_helpers import cnn, Counting, images, python, refuses
 
 @pytest.mark.parametrize('topk', [None,2])
 def test_damage_is_an_error_or_without_effect(tmp_path, topk):
@@ -44,21 +44,32 @@ def test_no_recording(tmp_path):
     (tmp_path/'empty').mkdir()
     refuses(lambda: TeacherRecording(tmp_path/'empty'), 'is no recording')
 
-def test_nothing_is_read_before_it_is_asked_for(tmp_path):
-    "100,000 answers of a thousand classes: 200 MB"
+def test_memory_does_not_grow_with_the_recording(tmp_path):
+    "100,000 answers of a thousand classes, 200 MB: opened, and read in order and in any order"
     h = record_teacher(net(), data(), tmp_path/'r').header
     h = {**h, 'rows':100_000, 'answers':[{**h['answers'][0], 'shape':[1000]}]}
     Files.create(tmp_path/'large', h).finish()
     code = f'''
 import resource
+import numpy as np
 from fastdistill.recording import TeacherRecording
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-rec = TeacherRecording({str(tmp_path/'large')!r})
-print(len(rec.files.read([99_999])[1]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+files,rng = TeacherRecording({str(tmp_path/'large')!r}).folders[0],np.random.default_rng(0)
+print(peak() - before)
+for rows in np.split(np.arange(100_000), 500) + [rng.integers(0, 100_000, 200) for _ in range(500)]: files.read(rows)
+print(peak() - before)
 '''
     assert (tmp_path/'large'/'predictions.npy').stat().st_size > 200_000_000
-    n,kilobytes = python(code).stdout.split()
-    assert int(n) == 1 and int(kilobytes) < 20_000
+    opened,read = python(code).stdout.split()
+    assert int(opened) < 5_000 and int(read) < 20_000     # kilobytes
+
+def test_a_new_recording_is_not_searched_for_answers(tmp_path, monkeypatch):
+    "At most one look per batch, and one per epoch"
+    reads,pread = [],os.pread
+    monkeypatch.setattr(os, 'pread', lambda *args: reads.append(args) or pread(*args))
+    record_teacher(cnn(), images(), tmp_path/'r', n_epoch=4)
+    assert len(reads) <= 4*5 + 4
 
 # Space
 

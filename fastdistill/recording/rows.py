@@ -18,10 +18,10 @@ class RowFile:
     def __init__(self,
         path:Path, # The file; `ValueError` if it does not hold these rows
         row_type:np.dtype, # Type of a row
-        n:int, # Number of rows
+        rows:range, # Their numbers
         write:bool=False, # Open it for writing?
     ):
-        self.path,self.row_type,self.n = path,np.dtype(row_type),n
+        self.path,self.row_type,self.rows = path,np.dtype(row_type),rows
         self.start = self._check()
         self.file = path.open('r+b' if write else 'rb', buffering=0)
         self.close = weakref.finalize(self, self.file.close)
@@ -31,8 +31,8 @@ class RowFile:
         try: array = np.load(self.path, mmap_mode='r')     # which looks at the beginning alone
         except Exception as e:     # NumPy may fail anywhere in a damaged file
             raise ValueError(f'{self.path.parent} is damaged: {self.path.name}: {e}') from None
-        if (array.dtype,array.shape) == (self.row_type,(self.n,)): return array.offset
-        raise ValueError(f'{self.path.parent} is damaged: expected {self.path.name} to hold {self.n} rows of '
+        if (array.dtype,array.shape) == (self.row_type,(len(self.rows),)): return array.offset
+        raise ValueError(f'{self.path.parent} is damaged: expected {self.path.name} to hold {len(self.rows)} rows of '
                          f'{self.row_type}, but it holds {array.shape} of {array.dtype}')
 
 # %% ../../nbs/recording/rows.ipynb #b6fb9627
@@ -40,13 +40,13 @@ class RowFile:
 def make(cls,
     path:Path, # The file
     row_type:np.dtype, # Type of a row
-    n:int, # Number of rows
+    rows:range, # Their numbers
 ):
     "Write a file of zeros; where the file system can do it, its space on the disk is taken now"
     descr = np.lib.format.dtype_to_descr(np.dtype(row_type))
     with path.open('wb') as f:
-        np.lib.format.write_array_header_1_0(f, dict(descr=descr, fortran_order=False, shape=(n,)))
-        start,size = f.tell(),n*np.dtype(row_type).itemsize
+        np.lib.format.write_array_header_1_0(f, dict(descr=descr, fortran_order=False, shape=(len(rows),)))
+        start,size = f.tell(),len(rows)*np.dtype(row_type).itemsize
         f.truncate(start + size)
         if not hasattr(os, 'posix_fallocate'): return
         f.flush()
@@ -71,11 +71,16 @@ def write(self:RowFile,
     batch:np.ndarray, # Rows
 ):
     "Write rows that follow each other"
-    position,content = self.start + first*self.row_type.itemsize,memoryview(batch.tobytes())
+    position,content = self._position(first),memoryview(batch.tobytes())
     with says_what_to_do(self.path.parent):
         while content:     # a disk with some space left takes a part
             n = _pwrite(self.file, content, position)
             position,content = position+n,content[n:]
+
+@patch
+def _position(self:RowFile, row):
+    "Where it begins in the file"
+    return self.start + (row - self.rows.start)*self.row_type.itemsize
 
 @patch
 def flush(self:RowFile):
@@ -97,7 +102,7 @@ def read(self:RowFile,
     rows,size = np.asarray(rows),self.row_type.itemsize
     first = np.flatnonzero(np.diff(rows, prepend=rows[0]-2) != 1)
     n_bytes = size*np.diff(first, append=len(rows))
-    positions = self.start + size*rows[first]
+    positions = self._position(rows[first])
     content = b''.join([_pread(self.file, n, p) for n,p in zip(n_bytes.tolist(), positions.tolist())])
     if len(content) == size*len(rows): return np.frombuffer(content, self.row_type)
     raise ValueError(f'{self.path.parent} is damaged: {self.path.name} is shorter than it was')

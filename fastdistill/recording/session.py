@@ -16,8 +16,8 @@ from .answers import AnswerFormat, check_finite, choose_dtype, close, spread_of
 from .batches import items_per_epoch, Seeded
 from .blends import Blends
 from .files import alone, epochs_text, Files, part_of, recording_nbytes, size_text
-from .fingerprints import checksums, digest_model, leaves
-from .kept import Kept, KeptHooks
+from .fingerprints import checksums, digest_header, digest_model, leaves
+from .kept import describe_kept, Kept, KeptHooks
 from .processes import Processes
 from .same import check_inputs, differences, environment_of, same_in_any_order, setup_of
 
@@ -42,9 +42,10 @@ class RecordingSession:
 
     def ask(self,
         dl, # Where the batch comes from
+        n:int=0, # Number of an epoch
     ) -> tuple: # Inputs, and the teacher's answers, one for each thing that is kept
-        "Ask the teacher about the first batch of `dl`"
-        epoch = Seeded(dl, self.seed, 0)
+        "Ask the teacher about the first batch of an epoch"
+        epoch = Seeded(dl, self.seed, n)
         xb = self.blends.inputs(self.dls, next(iter(epoch)), epoch)
         self.teacher.start(leaves(xb)[0].device, self.resets)
         answers = self.answers_to(*xb)
@@ -100,15 +101,20 @@ def header(self:RecordingSession,
     dtype=None, # `torch.float16` or `torch.float32`, by default the first where it is precise enough
     topk:int=None, # Number of highest logits to keep
     axis:int=1, # Axis of the classes, for `topk`
+    first_epoch:int=0, # Number of the first of these epochs
 ) -> dict:
     "The header of the recording, before it is whole"
+    if self.any_order and first_epoch:
+        raise ValueError(f'Items look the same in each epoch, so each is recorded once: expected first_epoch=0, '
+                         f'but got {first_epoch}')
     if topk and not any(k.layer is None for k in self.kept):
         raise ValueError(f'Expected topk only where predictions are recorded, but these losses need {self.kept}')
     def stored(k, a): return AnswerFormat(a.shape[1:], dtype or choose_dtype(a), None if k.layer else topk, axis)
     return dict(
         teacher=repr(self.teacher), weights=digest_model(self.teacher.model),
-        n_epoch=1 if self.any_order else n_epoch, rows=items_per_epoch(self.dl, self.seed),
+        n_epoch=1 if self.any_order else n_epoch, first_epoch=first_epoch, rows=items_per_epoch(self.dl, self.seed),
         any_order=self.any_order, seed=self.seed, blends=self.blends.texts,
+        inputs=digest_header(dict(inputs=checksums(*self.xb).tolist()))[:16],
         answers=[{**k.header, **stored(k, a).header} for k,a in zip(self.kept, self.answers)],
         setup=setup_of(self.dls, self.dls.train, self.any_order), environment=environment_of(self.dl), whole=False)
 
@@ -132,15 +138,15 @@ def batches(self:RecordingSession,
 ): # A generator
     "Rows and inputs of each batch, and whether it has an answer; inputs are `None` in epochs without a gap"
     h,p = files.header,self.processes
-    for n in range(h['n_epoch']):
+    for n in range(h['first_epoch'], h['first_epoch'] + h['n_epoch']):
         epoch = Seeded(self.dl, self.seed, n, h['rows'], p.rank, p.world)
-        rows = [epoch.rows(i) for i in range(p.rank, epoch.n_batches, p.world)]
-        done = [not self.resets and files.done(r) for r in rows]
-        if all(done):
-            yield from ((r,None,True) for r in rows)
+        def done(rows): return not self.resets and files.done(rows)     # asked late: a gap ends the first search
+        def rows(): return map(epoch.rows, range(p.rank, epoch.n_batches, p.world))
+        if all(map(done, rows())):
+            yield from ((r,None,True) for r in rows())
             continue
         if self.resets: self.teacher.start(self.teacher.device, True)
-        for r,b,d in zip(rows, epoch, done): yield r,self.blends.inputs(self.dls, b, epoch),d
+        for r,b in zip(rows(), epoch): yield r,self.blends.inputs(self.dls, b, epoch),done(r)
 
 # %% ../../nbs/recording/session.ipynb #03c91ba8
 @patch
@@ -179,23 +185,19 @@ def open(self:RecordingSession,
 ) -> Files:
     "The files in a folder; `FileExistsError` where they belong to another recording"
     files = Files(folder, write)
-    wanted = {k:v for k,v in header.items() if k not in ('environment','whole')}
-    if d := differences(_brief(files.header), _brief(wanted)): raise _another(files, d)
-    rows = Seeded(self.dl, self.seed, 0, header['rows']).rows(0)
+    wanted = {k:v for k,v in header.items() if k not in ('environment','inputs','whole')}
+    def brief(h): return {**h, 'answers':describe_kept(h['answers'])}
+    if d := differences(brief(files.header), brief(wanted)): raise _another(files, d)
+    n = header['first_epoch']
+    rows = Seeded(self.dl, self.seed, n, header['rows']).rows(0)
     if files.done(rows):
-        check_inputs(files, rows, self.xb, self.dl)
-        for i,(f,a) in enumerate(zip(files.formats, self.answers)):
+        xb,answers = self.ask(self.dl, n) if n else (self.xb,self.answers)
+        check_inputs(files, rows, xb, self.dl)
+        for i,(f,a) in enumerate(zip(files.formats, answers)):
             if not (change := f.change(a, files.read(rows, i)[0], self.tolerance)): continue
             raise _another(files, f'{self.kept[i]} in the first batch, by up to {change:.3g}, '
                                   'though the weights are the same')
     return files
-
-def _brief(h):
-    "A header in which texts say what is kept"
-    def brief(a):
-        rest = ''.join(f', {k} {a[k]}' for k in ('shape','topk','axis') if a[k] is not None)
-        return f'{Kept(a["layer"], a["reduced_to"])} in {a["dtype"]}{rest}'
-    return {**h, 'answers':'; '.join(map(brief, h['answers']))}
 
 def _another(files, what):
     return FileExistsError(f'{files.path} holds another recording. Delete it or choose another path. '
