@@ -21,7 +21,7 @@ def parse():
     p.add_argument('--batch', type=int, default=64)
     p.add_argument('--batches', type=int, default=30, help='in an epoch')
     p.add_argument('--epochs', type=int, default=3, help='recorded')
-    p.add_argument('--rounds', type=int, help='5 by default, 31 with --scale')
+    p.add_argument('--rounds', type=int, help='5 by default, 151 with --scale')
     p.add_argument('--scale', action='store_true', help='recordings of a thousand to a million items, without images')
     return p.parse_args()
 
@@ -73,7 +73,7 @@ print(time.perf_counter()-start, (resource.getrusage(resource.RUSAGE_SELF).ru_ma
 
 def main():
     args = parse()
-    if args.scale: return recording_scale.main(args.rounds or 31)
+    if args.scale: return recording_scale.main(args.rounds or 151)
     args.rounds = args.rounds or 5
     with tempfile.TemporaryDirectory() as folder:
         times = time_rounds(rows(args, Path(folder)), args.rounds, 'cpu')

@@ -84,7 +84,7 @@ def serve(connection, n, folder):
     connection.send([now-then for now,then in zip(memory(), before)] + memory())
     connection.recv()
 
-def measure(rounds, n_batches=50):
+def measure(rounds, n_batches=15):
     "All sizes in turns, so that what else the machine does meets all of them"
     context,res = multiprocessing.get_context('spawn'),[]
     with tempfile.TemporaryDirectory() as folder:
