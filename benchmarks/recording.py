@@ -61,7 +61,7 @@ def rows(args, folder):
 def open_large(folder):
     "Seconds and megabytes that a million answers of a thousand classes take to be opened, in a process of its own"
     rec = TeacherRecording(folder/'rec')
-    Files.create(folder/'large', {**rec.header, 'rows':1_000_000, 'shape':[1000]}).finish()
+    Files.create(folder/'large', {**rec.header, 'rows':1_000_000, 'answers':[{**rec.header['answers'][0], 'shape':[1000]}]}).finish()
     code = f"""
 import resource, time
 from fastdistill.recording import TeacherRecording

@@ -6,6 +6,7 @@ from fastdistill.recording import TeacherRecording
 from fastdistill.recording.answers import AnswerFormat
 from fastdistill.recording.files import Files, recording_nbytes
 from fastdistill.recording.fingerprints import checksums
+from fastdistill.recording.kept import Kept
 from timing import machine
 
 sizes,classes,topk,batch = (1_000,10_000,100_000,1_000_000),1000,10,64
@@ -13,9 +14,9 @@ imagenet,epochs = 1_281_167,300
 
 def header(n):
     "Of a recording of `n` items, without teacher and images"
-    stored = AnswerFormat((classes,), topk=topk).header
+    stored = {**Kept().header, **AnswerFormat((classes,), topk=topk).header}
     return dict(teacher='made up', weights='', n_epoch=1, first_epoch=0, rows=n, any_order=True, seed=0, inputs='',
-                setup={}, environment={}, whole=False, **stored)
+                setup={}, environment={}, whole=False, answers=[stored])
 
 def memory():
     "MB that this process has for itself, and MB of files that are mapped into it (Linux)"
@@ -42,15 +43,15 @@ class Scene:
         files = getattr(self, 'written', self.files)
         for i in numbers:
             rows = self.rows(i)
-            answers = files.format.encode(self.logits[i%20][:len(rows)])
-            files.write(rows, self.inputs[:len(rows)], answers)
+            answers = files.formats[0].encode(self.logits[i%20][:len(rows)])
+            files.write(rows, self.inputs[:len(rows)], [answers])
 
     def read(self, batches):
         for rows in batches:
             self.files.input_checksums(rows)
             arrays,whole = self.files.read(rows)
             assert whole.all()
-            self.files.format.decode(arrays)
+            self.files.formats[0].decode(arrays)
 
     def numbers(self, n):
         "The next `n` whole batches in order"
@@ -102,7 +103,7 @@ def measure(rounds, n_batches=15):
             end.send(0)
             _,_,anon,mapped = end.recv()
             end.send(0)
-            size = (Path(folder)/str(n)/'rows.npy').stat().st_size
+            size = sum((Path(folder)/str(n)/f'{name}.npy').stat().st_size for name in ('inputs','predictions'))
             res.append(dict(items=n, bytes_per_item=size/n, open_ms=1e3*open_s, memory_mb=anon, mapped_mb=mapped, **summary(t[1:])))
     return pd.DataFrame(res)
 
