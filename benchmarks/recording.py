@@ -33,9 +33,12 @@ def make_dls(args):
                       item_tfms=RandomResizedCrop(64), batch_tfms=aug_transforms())
     return block.dataloaders(None, bs=args.batch, num_workers=0)
 
-def epoch(dls, teacher=None):
+layers = [f'layer{i}' for i in range(1,5)]
+attention = Match(Attention, layers, layers)
+
+def epoch(dls, teacher=None, loss=SoftTarget):
     "Function that trains a student for an epoch, without validation"
-    cbs = None if teacher is None else KnowledgeDistillationCallback(teacher, SoftTarget)
+    cbs = None if teacher is None else KnowledgeDistillationCallback(teacher, loss)
     learn = Learner(dls, models.resnet18(num_classes=10), cbs=cbs)
     learn.remove_cb(ProgressCallback)
     learn.logger = lambda *_: None
@@ -52,10 +55,12 @@ def rows(args, folder):
         teacher.eval()
         for _ in range(args.epochs):
             for x,_ in dls.train: teacher(x)
-    def record(path): return record_teacher(teacher, dls, path, n_epoch=args.epochs)
+    def record(path, loss=SoftTarget): return record_teacher(teacher, dls, path, n_epoch=args.epochs, loss=loss)
     folders = (folder/str(i) for i in range(10**6))
     return {'student alone': epoch(dls), 'student and teacher': epoch(dls, teacher),
             'student and recorded teacher': epoch(dls, record(folder/'rec')),
+            'student and teacher, Attention': epoch(dls, teacher, attention),
+            'student and recorded teacher, Attention': epoch(dls, record(folder/'maps', attention), attention),
             'loading': load, 'loading and teacher forward': forward, 'recording': lambda: record(next(folders))}
 
 def open_large(folder):

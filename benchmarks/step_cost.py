@@ -19,7 +19,7 @@ from fastai.callback.all import *
 from fastai.data.load import DataLoader
 from torchvision import models
 from fastdistill.digits import digits_cnn, digits_dls
-from fastdistill.all import Attention, KnowledgeDistillationCallback, SoftTarget, Teacher, TeacherRecording, record_teacher
+from fastdistill.all import Attention, KnowledgeDistillationCallback, Match, SoftTarget, Teacher, TeacherRecording, record_teacher
 from timing import machine, peak_mb, time_rounds
 
 layers = [f'layer{i}' for i in range(1,5)]
@@ -52,7 +52,8 @@ def callbacks(args):
             'Attention, layers 1 and 2': lambda: KnowledgeDistillationCallback(make_teacher(args), Attention, layers[:2], layers[:2], weight=0.9),
             'SoftTarget, fast teacher': lambda: KnowledgeDistillationCallback(Teacher(make_teacher(args), fast=True), SoftTarget),
             'Attention, 4 layers, fast teacher': lambda: KnowledgeDistillationCallback(Teacher(make_teacher(args), fast=True), Attention, layers, layers, weight=0.9),
-            'SoftTarget, recorded teacher': lambda: KnowledgeDistillationCallback(TeacherRecording(args.recording), SoftTarget)}
+            'SoftTarget, recorded teacher': lambda: KnowledgeDistillationCallback(TeacherRecording(args.recording), SoftTarget),
+            'Attention, 4 layers, recorded teacher': lambda: KnowledgeDistillationCallback(TeacherRecording(args.recording), Attention, layers, layers, weight=0.9)}
     if args.peers:
         import fasterai.distill.all as fa
         rows['fasterai SoftTarget'] = lambda: fa.KnowledgeDistillationCallback(make_teacher(args), fa.SoftTarget)
@@ -149,7 +150,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         args.recording = f'{folder}/teacher.rec'
         batch = make_batch(args)
-        with redirect_stdout(io.StringIO()): record_teacher(make_teacher(args), make_dls(args, batch), args.recording)
+        with redirect_stdout(io.StringIO()): record_teacher(make_teacher(args), make_dls(args, batch), args.recording, loss=[Match(SoftTarget), Match(Attention, layers, layers)])
         compare(args, batch)
 
 def compare(args, batch):
@@ -158,6 +159,7 @@ def compare(args, batch):
     floor = times['student alone'] + times['teacher forward alone']
     ratio = times.div(floor, axis=0)
     table = pd.DataFrame({'ms': 1e3*times.median(), 'ratio to floor': ratio.median(), 'min': ratio.min(), 'max': ratio.max()})
+    table['ratio to student alone'] = times.div(times['student alone'], axis=0).median()
     for name in times:
         out = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--recording', args.recording, '--memory_of', name], capture_output=True, text=True, check=True)
         table.loc[name,'peak MB'] = float(out.stdout.split('MB ')[-1])
