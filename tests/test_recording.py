@@ -14,8 +14,9 @@ from recording_helpers import arrays, cnn, fit, images, language_model, SameBatc
 @pytest.mark.parametrize('workers', [0,2])
 @pytest.mark.parametrize('accumulate', [False,True])
 def test_bit_for_bit_as_a_teacher_that_runs(tmp_path, workers, accumulate):
+    "Recorded with another number of workers"
     dls,teacher,ends = images(workers),cnn(),[]
-    rec = record_teacher(teacher, dls, tmp_path/'r', n_epoch=2, dtype=torch.float32)
+    rec = record_teacher(teacher, images(2-workers), tmp_path/'r', n_epoch=2, dtype=torch.float32)
     assert not rec.header['any_order']
     for answers,cbs in (rec,[]),(teacher,[SameBatches(rec)]):
         set_seed(5)
