@@ -30,6 +30,8 @@ class StandIn:
     "What a blend sees of a learner while a teacher is recorded"
     training = True
     def __init__(self, dls): self.dls = dls
+    def __getattr__(self, name):
+        raise AttributeError(f'a blend that reads `learn.{name}` cannot be recorded: there is no learner then')
     x = property(lambda self: detuplify(self.xb))
     y = property(lambda self: detuplify(self.yb))
 

@@ -106,6 +106,15 @@ def _make_group():
     store = distributed.PrefixStore(f'recording {next(_calls)}', _store())
     distributed.init_process_group('gloo', store=store, rank=rank_distrib(), world_size=num_distrib(), timeout=_patience)
 
+def _find_others(found):
+    "A group of gloo, which works without GPUs too"
+    try:
+        if not found: _make_group()
+        return distributed.new_group(backend='gloo', timeout=_patience)
+    except RuntimeError as e:
+        raise RuntimeError('Expected all processes to call `record_teacher`, but they have not found each other '
+                           f'within {_patience}: {e}') from e
+
 @contextmanager
 def together(): # `Processes`
     "All processes that were started together, for as long as the context lasts"
@@ -113,9 +122,7 @@ def together(): # `Processes`
     if (distributed.get_world_size() if found else num_distrib()) < 2:
         yield Processes()
         return
-    if not found: _make_group()
-    group = distributed.new_group(backend='gloo', timeout=_patience)
-    folder = Path(tempfile.mkdtemp())
+    group,folder = _find_others(found),Path(tempfile.mkdtemp())
     try:
         processes = Processes(distributed.get_rank(), distributed.get_world_size(), group, folder/'failed')
         with processes.ending_together(): _on_one_machine(processes, folder)
