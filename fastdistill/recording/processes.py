@@ -104,7 +104,8 @@ def _store(): return next(rendezvous('env://', timeout=_patience))[0]
 def _make_group():
     "`torchrun` keeps what was said in a group beyond its end, so each group says it under a name of its own"
     store = distributed.PrefixStore(f'recording {next(_calls)}', _store())
-    distributed.init_process_group('gloo', store=store, rank=rank_distrib(), world_size=num_distrib(), timeout=_patience)
+    who = dict(rank=rank_distrib(), world_size=num_distrib())
+    distributed.init_process_group('gloo', store=store, timeout=_patience, **who)
 
 def _find_others(found):
     "A group of gloo, which works without GPUs too"
