@@ -1,6 +1,7 @@
 """What a recorded teacher costs: a student's epoch with it, the making of it, the opening of a large one.
 
     python benchmarks/recording.py [--rounds 5]        # writes benchmarks/recording.csv
+    python benchmarks/recording.py --scale             # a thousand to a million items; writes recording_scale.csv
 
 ResNet34 -> ResNet18, 64 px, batch 64, random crops and augmentation, on images of noise. Each round runs an epoch of
 every row, in rotating order; a ratio is taken within its round. Images are loaded in the process that trains.
@@ -11,6 +12,7 @@ from pathlib import Path
 from fastai.vision.all import *
 from fastdistill.all import *
 from fastdistill.recording.files import Files
+import recording_scale
 from timing import machine, time_rounds
 from torchvision import models
 
@@ -19,7 +21,8 @@ def parse():
     p.add_argument('--batch', type=int, default=64)
     p.add_argument('--batches', type=int, default=30, help='in an epoch')
     p.add_argument('--epochs', type=int, default=3, help='recorded')
-    p.add_argument('--rounds', type=int, default=5)
+    p.add_argument('--rounds', type=int, help='5 by default, 151 with --scale')
+    p.add_argument('--scale', action='store_true', help='recordings of a thousand to a million items, without images')
     return p.parse_args()
 
 def make_dls(args):
@@ -58,7 +61,7 @@ def rows(args, folder):
 def open_large(folder):
     "Seconds and megabytes that a million answers of a thousand classes take to be opened, in a process of its own"
     rec = TeacherRecording(folder/'rec')
-    Files.create(folder/'large', {**rec.header, 'rows':1_000_000, 'shape':[1000]}).finish()
+    Files.create(folder/'large', {**rec.header, 'rows':1_000_000, 'answers':[{**rec.header['answers'][0], 'shape':[1000]}]}).finish()
     code = f"""
 import resource, time
 from fastdistill.recording import TeacherRecording
@@ -70,6 +73,8 @@ print(time.perf_counter()-start, (resource.getrusage(resource.RUSAGE_SELF).ru_ma
 
 def main():
     args = parse()
+    if args.scale: return recording_scale.main(args.rounds or 151)
+    args.rounds = args.rounds or 5
     with tempfile.TemporaryDirectory() as folder:
         times = time_rounds(rows(args, Path(folder)), args.rounds, 'cpu')
         seconds,mb = open_large(Path(folder))

@@ -42,6 +42,11 @@ class Batch:
         predictions = [self.pred],[self.answer]
         return [(list(s.features), list(t.features)) if len(s) else predictions for s,t in self.hooks]
 
+    @property
+    def reduced(self) -> list: # A Boolean for each term
+        "Is the teacher's part what the loss needs of a feature, from a recording?"
+        return [t.reduced for _,t in self.hooks]
+
     @cached_property
     def labels(self) -> list: # Nothing if no loss needs them
         "The labels as losses get them"
@@ -49,15 +54,15 @@ class Batch:
 
     def _each_term(self):
         losses = self.trained.for_batch(self.objective.terms, self.features, self.learn.model)
-        return zip(self.objective.terms, self.features, losses)
+        return zip(self.objective.terms, self.features, losses, self.reduced)
 
     def terms(self) -> list: # Scalars
         "The terms of the distillation loss, each with its weight among the others"
-        return [m(*f, *self.labels, losses=l) for m,f,l in self._each_term()]
+        return [m(*f, *self.labels, losses=l, reduced=r) for m,f,l,r in self._each_term()]
 
     def compare(self) -> list: # For each term a list of scalars, one for each pair of layers
         "The loss of each pair, not weighted"
-        return [m.compare(*f, *self.labels, losses=l) for m,f,l in self._each_term()]
+        return [m.compare(*f, *self.labels, losses=l, reduced=r) for m,f,l,r in self._each_term()]
 
     def send(self,
         task_loss:Tensor, # Scalar

@@ -24,7 +24,7 @@ def as_objective(loss, student_layers, teacher_layers, weight, task_weight):
     "An `Objective` as it is; else one of these arguments"
     if not isinstance(loss, Objective): return Objective(loss, student_layers, teacher_layers, weight, task_weight)
     if (student_layers,teacher_layers,weight,task_weight) == (None,None,0.5,None): return loss
-    raise ValueError(f'Expected layers and weights in the `Objective`, but got them beside it: {loss}')
+    raise ValueError(f'Expected layers and weights in the `Objective`, but got them as arguments too: {loss}')
 
 # %% ../nbs/callback.ipynb #f8040a6c
 class KnowledgeDistillationCallback(SharedCallback):
@@ -165,8 +165,8 @@ class ShowDistillationGraph(ShowGraphCallback):
     def after_epoch(self):
         "Plot the losses in the graph of the progress bar"
         kd = next((cb for cb in self.learn.cbs if isinstance(cb, KnowledgeDistillationCallback)), None)
-        if kd is None: raise ValueError('Expected a KnowledgeDistillationCallback beside ShowDistillationGraph, '
-                                        'but the learner has none')
+        if kd is None: raise ValueError('Expected ShowDistillationGraph with a KnowledgeDistillationCallback, '
+                                        'but the learner has none. Pass both: `cbs=[kd, ShowDistillationGraph()]`.')
         bar,rec = self.progress.mbar,self.learn.recorder
         if not self.nb_batches or not hasattr(bar, 'hide_graph'): return   # a console shows none
         bar.names = ['train','valid','task','kd']

@@ -43,12 +43,12 @@ def _largest(objective):
     "Both weights, (weight, task_weight), at the point of the training where `weight` is largest"
     return max((objective.weights_at(i/20) for i in range(21)), key=lambda o: o[0])
 
-def _pairs(m, s, t):
+def _pairs(m, reduced, s, t):
     "For each pair of features that `m` compares: their layers and shapes, and what makes the shapes equal"
     names = m.calls(m.student_layers or [''], m.teacher_layers or [''])
     for (a,b),(fs,ft) in zip(names, m.calls(s, t)):
         pooled = a and fs.ndim == ft.ndim == 4 and fs.shape[2:] != ft.shape[2:]
-        adapted = ['projector']*bool(a and m.needs.builds) + ['pooled']*bool(pooled)
+        adapted = ['projector']*bool(a and m.needs.builds) + ['pooled']*bool(pooled) + [m.needs.reduction]*reduced
         yield {'student layer':a, 'shape':tuple(fs.shape[1:]), 'teacher layer':b, 'shape ':tuple(ft.shape[1:]),
                'adapted':', '.join(adapted)}
 
@@ -76,8 +76,9 @@ class _FirstBatch(Callback):
         def row(name, weight, loss, **pair):
             return {'term':name, 'loss':loss.item(), 'weight':weight, 'gradient norm':norm(loss), **pair}
         rows,terms = [row('task', tw, self.task_loss)],[]
-        for m,features,losses in zip(batch.objective.terms, batch.features, batch.compare()):
-            rows += [row(m.name, w*m.weight, loss, **pair) for pair,loss in zip(_pairs(m, *features), losses)]
+        for m,features,reduced,losses in zip(batch.objective.terms, batch.features, batch.reduced, batch.compare()):
+            pairs = _pairs(m, reduced, *features)
+            rows += [row(m.name, w*m.weight, loss, **pair) for pair,loss in zip(pairs, losses)]
             terms += [m.weight*loss for loss in losses]
         self.norms = rows[0]['gradient norm'],norm(sum(terms))     # of task and distillation, without weights
         self.terms = _table(rows)
@@ -143,7 +144,7 @@ def distant_layers(
 ) -> list: # Texts
     "Are there pairs of layers that are far apart?"
     pairs = {p for m in terms for p in m.calls(m.student_layers, m.teacher_layers)}
-    if not pairs: return []
+    if not (pairs and teacher.live): return []
     xb_t = xb if teacher.input_tfm is None else teacher.input_tfm(*xb)
     s,t = (layer_shapes(*o).set_index('layer').depth for o in ((student, xb), (teacher.model, xb_t)))
     far = sorted((a, b) for a,b in pairs if a in s and b in t and abs(s[a] - t[b]) > most)

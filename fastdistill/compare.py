@@ -111,7 +111,7 @@ class Comparison(pd.DataFrame):
     def _constructor(self): return pd.DataFrame   # a part of it is a plain table
 
     def shown(self) -> pd.DataFrame: # Texts, a column for each model
-        "The table as it is shown: spreads behind the values they belong to"
+        "The table as it is shown, with each spread after its value"
         def text(m, c):
             v,s = self.at[m,c],self.at[m,f'{c} ±'] if f'{c} ±' in self else math.nan
             return '' if pd.isna(v) else _number(v) if pd.isna(s) else f'{_number(v)} ± {_number(s)}'

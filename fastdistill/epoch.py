@@ -44,9 +44,9 @@ class Epoch:
         with ExitStack() as undo:
             self.inputs = WatchedInputs()
             undo.callback(model.register_forward_pre_hook(self.inputs).remove)
-            def hooks(*args, **kwargs): return undo.enter_context(FeatureHooks(*args, **kwargs))
-            self.hooks = [(hooks(model, m.student_layers, 'student', with_graph=True),
-                           hooks(teacher.model, m.teacher_layers, 'teacher')) for m in objective.terms]
+            def student_hooks(m): return FeatureHooks(model, m.student_layers, 'student', with_graph=True)
+            self.hooks = [(undo.enter_context(student_hooks(m)), undo.enter_context(teacher.hooks(m)))
+                          for m in objective.terms]
             self.buffers = [(b,b.clone()) for b in student.buffers()]   # until its first batch has succeeded
             self.undo = undo.pop_all()
 

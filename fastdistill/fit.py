@@ -79,7 +79,7 @@ def says_where(f):
 
 # %% ../nbs/fit.ipynb #c40153cc
 class Fit:
-    "What belongs to one fit: from its start to its end, however it comes"
+    "All that belongs to one fit, from its start to its end, with an error or without"
     def __init__(self, kd):
         self.kd,self.learn = kd,kd.learn
         self.epoch = self.batch = self.may_stop = None
@@ -121,7 +121,7 @@ class Fit:
         kd,student = self.kd,unwrap_model(self.learn.model)
         check_teacher(kd.teacher, student)
         if not kd.trained.belongs_to(student): kd.trained = Trained(student, kd.trained.saved)
-        if not all(m.teacher_layers for m in self.objective.terms) or is_compiled(kd.teacher.model):
+        if not (kd.teacher.live and all(m.teacher_layers for m in self.objective.terms)) or is_compiled(kd.teacher.model):
             self.may_stop = False   # predictions need the whole pass; compiled code would break at the exception
         self.epoch = Epoch(self.learn, self.objective, kd.teacher)
 
@@ -170,8 +170,8 @@ def set_loss(self:Fit):
     "Make the learner's loss the whole objective"
     learn,batch = self.learn,self.batch
     if not len(learn.yb):
-        raise ValueError('Expected labels: fastai takes no step on batches without. Give any, zeros for example, '
-                         'and `task_weight=0` to learn from the teacher alone.')
+        raise ValueError('Expected labels: fastai takes no step on batches without labels. Give any, '
+                         'for example zeros, and `task_weight=0` to learn from the teacher alone.')
     if learn.iter == 0: check_labels(self.objective, batch.pred, batch.yb[0])
     task_loss,terms = learn.loss_grad.as_subclass(Tensor),batch.terms()
     kd_loss,(w,tw) = reduce(add, terms),self.objective.weights_at(learn.pct_train)

@@ -102,8 +102,8 @@ def image_teacher(
     no_head,other = f'fastai cannot put a head of its own on {name}','Try it as timm:NAME, or another architecture.'
     try: learn = vision_learner(dls, _arch(name), pretrained=pretrained and not weights, metrics=accuracy)
     except OSError as e:
-        raise ValueError(f'The ImageNet weights of {name} could not be had ({e}). Give a file with --teacher_weights, '
-                         'or train the teacher with --from_scratch.') from None
+        raise ValueError(f'The ImageNet weights of {name} could not be loaded ({e}). Give a file with '
+                         '--teacher_weights, or train the teacher with --from_scratch.') from None
     except StopIteration:
         raise ValueError(f'{no_head}, which has no pooling layer. {other}') from None
     except Exception as e: raise ValueError(f'{no_head} ({_brief(e)}). {other}') from e

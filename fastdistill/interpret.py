@@ -27,7 +27,7 @@ from .untouched import untouched
 
 # %% ../nbs/interpret.ipynb #0a70f17f
 class DistillationInterpretation(ClassificationInterpretation):
-    "fastai's interpretation of the student, beside it the teacher, and a student from scratch if there is one"
+    "fastai's interpretation of the student, with the teacher and, if you have one, a student from scratch"
     @classmethod
     def from_learners(cls,
         teacher, # Trained teacher: a `Learner`, a module or a `Teacher`
@@ -110,7 +110,7 @@ def per_class(self:DistillationInterpretation) -> pd.DataFrame: # A row for each
 
 # %% ../nbs/interpret.ipynb #c1aecddd
 def _most_confused(counts, n):
-    "Numbers of the `n` classes that stand in the largest cells off the diagonal, in order"
+    "Numbers of the `n` classes with the largest counts off the diagonal, in order"
     off = counts - np.diag(np.diag(counts))
     cells = np.argsort(-off, axis=None, kind='stable')[:n*n+1]   # enough to name n classes
     classes = dict.fromkeys(np.stack(np.unravel_index(cells, counts.shape), 1).ravel().tolist())

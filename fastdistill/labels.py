@@ -23,7 +23,7 @@ def task_ignores(
     learn, # A learner
 ) -> int: # -100 unless its loss says otherwise
     "The label that the task's loss leaves out"
-    mix = blending(learn)     # which has put a loss of its own in the place of the task's
+    mix = blending(learn)     # it has replaced the task's loss by its own
     return ignored_label(learn.loss_func if mix is None else mix.old_lf)
 
 # %% ../nbs/labels.ipynb #d9052ba5
@@ -63,13 +63,13 @@ def _check_one_class(m, pred, y):
     if not m.needs.single_label: return
     axis = 1 if m.needs.axis is None else m.needs.axis
     if y.shape == pred.shape and (y >= 0).all() and (y.sum(axis) - 1).abs().max() < 0.01: return   # probabilities
-    raise ValueError(f'{m} takes each item to have one class, but the labels {tuple(y.shape)} are values or, for each '
+    raise ValueError(f'{m} expects one class for each item, but the labels {tuple(y.shape)} are values or, for each '
                      'class, yes or no. For several labels for an item use `MultiLabelSoftTarget`, for values '
                      '`TeacherBounded` or `Logits`.')
 
 def _check_axis(m, pred, y):
     axis = m.needs.axis
     if axis is None or not 1 < y.ndim == pred.ndim-1 or y.shape == pred.select(axis, 0).shape: return
-    raise ValueError(f'{m} takes the classes to be along axis {axis} of the predictions {tuple(pred.shape)}, '
-                     f'which does not go with labels of shape {tuple(y.shape)}. The axis is an argument: '
+    raise ValueError(f'{m} expects the classes along axis {axis} of the predictions {tuple(pred.shape)}, '
+                     f'which does not fit labels of shape {tuple(y.shape)}. The axis is an argument: '
                      f'`{type(m.loss).__name__}(axis=-1)`.')

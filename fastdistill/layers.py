@@ -117,6 +117,7 @@ def _check_one_device(model, role):
 # %% ../nbs/layers.ipynb #49a63a46
 class FeatureHooks(Hooks):
     "The outputs of some layers at a model's last forward pass; as a context manager, removes the hooks at the end"
+    reduced = False     # these are features, not what a loss needs of them
     def __init__(self,
         model:nn.Module, # Any model, wrapped or not
         names:list, # Names of layers, in any order, repeated or not; an unknown one raises `KeyError`

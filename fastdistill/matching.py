@@ -163,7 +163,7 @@ def match_layers(
 ) -> LayerPairs: # Unpacks into the names of the student's layers and of the teacher's
     "Propose pairs of layers by resolution and depth; raises `ValueError` where no layers correspond"
     student,teacher = getattr(student, 'model', student),as_teacher(teacher)
-    if not teacher.live: raise ValueError(f'Expected a network as the teacher, but {teacher} holds predictions only')
+    if not teacher.live: raise ValueError(f'Expected a network as the teacher, but got {teacher}')
     xb = _tuple(x)
     xb_t = xb if teacher.input_tfm is None else _tuple(teacher.input_tfm(*xb))
     (s,notes_s),(t,notes_t) = _comparable(student, xb, 'student'),_comparable(teacher.model, xb_t, 'teacher')

@@ -110,10 +110,12 @@ def compare(self:Match,
     teacher:list, # What the teacher computed, likewise
     *targ:Tensor, # Labels, for a loss that needs them
     losses:list=(), # What `build` returned, for a loss that trains
+    reduced:bool=False, # Is `teacher` what the loss's `reduce_teacher` has made of the features?
 ) -> list: # A scalar for each pair, not weighted
     "The loss of each pair; raises what the loss raises, and `ValueError` where shapes would be broadcast"
     if not self.needs.needs_targ: targ = ()
     losses = losses or [self.loss]*len(student)
+    if reduced: losses = [getattr(l, 'forward_reduced', l) for l in losses]
     return [self._compare(loss, pair, s, t, *targ)
             for loss,pair,(s,t) in zip(losses, self.pairs, self.calls(student, teacher))]
 
@@ -133,9 +135,10 @@ def __call__(self:Match,
     teacher:list, # What the teacher computed, likewise
     *targ:Tensor, # Labels, for a loss that needs them
     losses:list=(), # What `build` returned, for a loss that trains
+    reduced:bool=False, # Is `teacher` what the loss's `reduce_teacher` has made of the features?
 ) -> Tensor: # Scalar: weight times loss, summed over the pairs
     "The term; raises as `compare` does"
-    loss = reduce(add, self.compare(student, teacher, *targ, losses=losses))
+    loss = reduce(add, self.compare(student, teacher, *targ, losses=losses, reduced=reduced))
     return loss if self.weight == 1 else self.weight*loss
 
 # %% ../nbs/objective.ipynb #75075708
@@ -234,7 +237,8 @@ def plot_schedule(self:Objective,
 def check_teacher(self:Objective,
     teacher, # A `Teacher`
 ):
-    "Raise unless the teacher has the layers of every term"
-    for m in (m for m in self.terms if m.teacher_layers):
-        try: teacher.check_layers(m.teacher_layers)
-        except ValueError as e: raise modify_exception(e, f'{m} compares features: {e}', replace=True)
+    "Raise unless the teacher has what every term compares"
+    for m in self.terms:
+        what = 'features' if m.teacher_layers else 'predictions'
+        try: teacher.check_term(m)
+        except ValueError as e: raise modify_exception(e, f'{m} compares {what}: {e}', replace=True)

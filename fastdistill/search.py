@@ -98,7 +98,7 @@ def weight_finder(self:Learner,
     "Try weights, and temperatures, in short fits of the learner, which is left as it was"
     kd = callback_of(self, kd)
     if temperatures and not any(m.needs.T for m in kd.matches):
-        raise ValueError(f'{", ".join(map(str, kd.matches))}: no temperature to try')
+        raise ValueError(f'Expected a loss with a temperature, but got {", ".join(map(str, kd.matches))}')
     monitor = _monitor(self, monitor, comp)
     tried = [(0., None)] + [(float(w), T) for T in temperatures or [None] for w in weights if w]
     rows = []

@@ -55,7 +55,7 @@ def _choose_learner(self:SharedCallback):
     "Of several learners that hold this callback, take the one whose fit starts"
     attached = self._attached()
     if len(attached) > 1:
-        gc.collect()   # a cell that was run again leaves a learner that nobody can reach
+        gc.collect()   # a cell that was run again leaves its old learner in memory
         attached = self._attached()
     if len(attached) > 1: attached = [l for l in attached if _starts_fit(l)] or attached
     if len(attached) > 1:

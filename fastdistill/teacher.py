@@ -17,7 +17,7 @@ from fastcore.basics import listify, patch
 from fastcore.xtras import modify_exception
 from .data import describe_data, describe_value, get_logits
 from .in_use import device_of, end_use, lay_out, reset_state, start_use
-from .layers import get_layer
+from .layers import FeatureHooks, get_layer
 from torch import nn, Tensor
 
 # %% ../nbs/teacher.ipynb #4117a9f9
@@ -176,11 +176,18 @@ def start_for(self:Teacher,
 
 # %% ../nbs/teacher.ipynb #edf3b0ca
 @patch
-def check_layers(self:Teacher,
-    names:list, # Names of layers
+def check_term(self:Teacher,
+    m, # A `Match`
 ):
-    "Raise `KeyError` unless the network has these layers"
-    for n in names: get_layer(self.model, n, 'teacher')
+    "Raise `KeyError` unless the network has the layers of a term"
+    for n in m.teacher_layers: get_layer(self.model, n, 'teacher')
+
+@patch
+def hooks(self:Teacher,
+    m, # A `Match`
+): # A context manager with `features`, a tensor for each layer
+    "Hooks that keep what a term compares"
+    return FeatureHooks(self.model, m.teacher_layers, 'teacher')
 
 # %% ../nbs/teacher.ipynb #d197306b
 @patch

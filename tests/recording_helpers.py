@@ -47,9 +47,12 @@ def refuses(f, *texts, error=ValueError):
 
 def is_another(f, *texts): refuses(f, 'another recording', *texts, error=FileExistsError)
 
-def arrays(rec):
+def arrays(rec): return arrays_in(rec.path)
+
+def arrays_in(path):
     "What a recording has on the disk"
-    return {k:np.array(a) for k,a in rec.files.arrays.items()}
+    rows = np.load(path/'predictions.npy')
+    return dict(inputs=np.load(path/'inputs.npy'), **{k:rows[k] for k in rows.dtype.names})
 
 def python(code, *args):
     "Run a script in a process of its own"

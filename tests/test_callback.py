@@ -420,13 +420,13 @@ def test_a_subclass_beside_the_callback_is_a_second_one(teacher):
             learner(cbs=a(teacher)).fit(1, cbs=b(teacher))
 
 def test_an_objective_in_place_of_a_loss(teacher):
-    "As it is; layers and weights beside it would be ignored, so they are refused"
+    "As it is; other layers and weights would be ignored, so they are refused"
     kd = KD(teacher, Attention, stages, stages, weight=.7)
     other = KD(teacher, kd.objective)
     assert other.objective is kd.objective and other.weight == .7 and other.matches[0].student_layers == stages
     learner().fit(1, cbs=other)
     for kw in (dict(weight=.9), dict(task_weight=1.), dict(student_layers='0', teacher_layers='0')):
-        with pytest.raises(ValueError, match='in the `Objective`, but got them beside it'): KD(teacher, kd.objective, **kw)
+        with pytest.raises(ValueError, match='in the `Objective`, but got them as arguments too'): KD(teacher, kd.objective, **kw)
 
 def test_one_callback_for_two_learners(teacher):
     kd = KD(teacher, Attention, stages, stages)

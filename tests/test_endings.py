@@ -86,6 +86,24 @@ def test_fit_after_an_interruption_is_the_fit_without_one(teacher):
         ends.append((state(learn.model), learn.recorder.values[-1]))
     assert all(torch.equal(v, ends[1][0][k]) for k,v in ends[0][0].items()) and ends[0][1] == ends[1][1]
 
+@pytest.mark.parametrize('event', events)
+@pytest.mark.parametrize('copy', [deepcopy, lambda learn: pickle.loads(pickle.dumps(learn))], ids=['deepcopy','pickle'])
+def test_copies_right_after_ctrl_c(teacher, event, copy):
+    "They work, or raise fastai's own error, as they do without the callback; copies train on and hold no hooks"
+    found = {}
+    for name,cbs in dict(alone=None, kd=KD(teacher, [SoftTarget, Match(FitNet, stages, stages)])).items():
+        learn = interrupted(learner(dls=exportable(), cbs=cbs), event)
+        try: found[name] = copy(learn)
+        except (TypeError,RuntimeError) as e: found[name] = str(e)
+    alone,kd = found['alone'],found['kd']
+    if isinstance(alone, str):
+        assert kd == alone
+        return
+    assert same_state(kd.model, state(learn.model)) and n_hooks(kd.model) == 0 and kd.metrics.attrgot('name') == ['accuracy']
+    kd.knowledge_distillation.teacher = teacher     # a pickle holds none
+    kd.fit(1)
+    assert 'kd_loss' in kd.recorder.metric_names
+
 def test_save_after_ctrl_c_holds_no_projector(teacher, tmp_path):
     learn = interrupted(learner(path=tmp_path, cbs=KD(teacher, FitNet, stages, stages)), 'after_step', 4)
     file = learn.save('student')

@@ -45,4 +45,4 @@ def test_live_graph(trained):
     assert [names for names,*_ in drawn] == [['train','valid','task','kd']]*2
     (_,lines,(x0,x1),(y0,y1)) = drawn[-1]
     assert [len(y) for _,y in lines] == [8,2,8,8] and (x0,x1,y0) == (0,8,0) and y1 == max(max(y) for _,y in lines)
-    with pytest.raises(ValueError, match='beside ShowDistillationGraph'): fit()
+    with pytest.raises(ValueError, match='Expected ShowDistillationGraph with a'): fit()

@@ -120,7 +120,7 @@ def test_topk_in_a_fit(tmp_path):
         learn.fit(2, cbs=KnowledgeDistillationCallback(rec, weight=1))
         ends.append(nn.utils.parameters_to_vector(learn.model.parameters()))
     assert torch.allclose(ends[0], ends[1], atol=1e-5) and not torch.allclose(ends[0], ends[2], atol=1e-3)
-    assert (tmp_path/'2'/'classes.npy').stat().st_size < (tmp_path/'None'/'logits.npy').stat().st_size
+    assert (tmp_path/'2'/'predictions.npy').stat().st_size < (tmp_path/'None'/'predictions.npy').stat().st_size
 
 def test_lr_find_two_fits_and_pickles(tmp_path):
     dls = data()
@@ -141,7 +141,7 @@ def test_language_model_as_one_that_runs(tmp_path, shuffle, workers):
     dls,ends = texts(shuffle, workers=workers),[]
     teacher = text_learner(dls, language_model(10))
     rec = record_teacher(teacher, dls, tmp_path/'r', n_epoch=2, dtype=torch.float32)
-    assert not rec.header['any_order'] and rec.header['shape'] == [6,12]
+    assert not rec.header['any_order'] and rec.header['answers'][0]['shape'] == [6,12]
     for answers,cbs in (rec,[]),(teacher,[SameBatches(rec)]):
         set_seed(5)
         learn = text_learner(dls, language_model())

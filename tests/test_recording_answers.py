@@ -38,7 +38,7 @@ def test_precision_that_answers_need(tmp_path, scale, shift, dtype, topk):
     dls,teacher = data(),Affine(scale, shift)
     rec = record_teacher(teacher, dls, tmp_path/'r', topk=topk)
     want = teacher(torch.stack([o[0] for o in dls.train.dataset])).detach().numpy()
-    assert rec.header['dtype'] == dtype
+    assert rec.header['answers'][0]['dtype'] == dtype
     if topk is None: assert np.abs(arrays(rec)['logits'] - want).max() <= 0.01*want.std()
     else: assert np.abs(arrays(rec)['values'] - -np.sort(-want, 1)[:,:2]).max() <= 0.01*want.std()
     if dtype == 'float32':
@@ -50,7 +50,7 @@ def test_precision_within_an_item_counts(tmp_path):
     items = [(torch.full((2,), 500.*i), i%3) for i in range(16)]
     layer = nn.Linear(2, 3)
     nn.init.ones_(layer.weight), nn.init.normal_(layer.bias)
-    assert record_teacher(layer, loaders(items, items, 4), tmp_path/'r').header['dtype'] == 'float32'
+    assert record_teacher(layer, loaders(items, items, 4), tmp_path/'r').header['answers'][0]['dtype'] == 'float32'
 
 def test_a_later_batch_that_float16_does_not_hold(tmp_path):
     items = [(torch.randn(2) + (3000 if i >= 16 else 0), i%3) for i in range(24)]

@@ -31,7 +31,7 @@ def test_goes_on_with_the_same_alone(tmp_path, monkeypatch):
         return record_teacher(Counting(teacher), dls, tmp_path/'r', **{'n_epoch':2, **kwargs})
     is_another(lambda: again(teacher, seed=1), 'seed: 0 when')
     is_another(lambda: again(teacher, n_epoch=3), 'n_epoch: 2 when')
-    is_another(lambda: again(teacher, dtype=torch.float32), 'dtype: float16 when')
+    is_another(lambda: again(teacher, dtype=torch.float32), 'predictions in float16', 'predictions in float32')
     is_another(lambda: again(cnn()), 'weights: ')
     monkeypatch.setattr(recording_helpers, 'pictures', recording_helpers.pictures[::-1])
     refuses(lambda: again(teacher, images()), 'not the batch that was recorded')
@@ -89,7 +89,7 @@ def test_two_recorders_at_one_path(tmp_path):
     asked = []
     rec = record_teacher(During(teacher, 4, second), dls, tmp_path/'r', dtype=torch.float32)
     assert asked and [f.name for f in tmp_path.iterdir()] == ['r']
-    assert sorted(f.name for f in (tmp_path/'r').iterdir()) == ['checksums.npy','header.json','logits.npy']
+    assert sorted(f.name for f in (tmp_path/'r').iterdir()) == ['header.json','inputs.npy','predictions.npy']
     x = torch.stack([o[0] for o in dls.train.dataset])
     assert torch.allclose(torch.from_numpy(arrays(rec)['logits']), teacher.eval()(x).detach(), atol=1e-6)
 

@@ -63,8 +63,8 @@ def test_what_cannot_be_replayed(tmp_path):
     rec = record_teacher(net(), dls, tmp_path/'r')
     for mix in MixUp(),CutMix():
         refuses(lambda: learner(dls=dls).fit(1, cbs=[KD(rec), mix]), type(mix).__name__, 'has no answers to blends')
-    refuses(lambda: KD(rec, Attention, '0', '0'), 'Attention', 'holds predictions only')
-    refuses(lambda: KD(rec, [SoftTarget, Match(nn.MSELoss(), '0', '0')]), 'holds predictions only')
+    refuses(lambda: KD(rec, Attention, '0', '0'), 'Attention', 'it holds: predictions')
+    refuses(lambda: KD(rec, [SoftTarget, Match(nn.MSELoss(), '0', '0')]), 'expected a recording of 0', 'it holds: predictions')
     refuses(lambda: Ensemble([net(), rec]), '`record_teacher` takes a list')
     plain = DataLoaders(*[torch.utils.data.DataLoader(dls.train.dataset, batch_size=8) for _ in range(2)])
     refuses(lambda: learner(dls=plain).fit(1, cbs=KD(rec)), 'fastai, but got torch', error=TypeError)
@@ -88,7 +88,7 @@ def test_what_cannot_be_recorded(tmp_path):
     refuses(lambda: record(teacher=Times(1e7), dtype=torch.float16), 'would change', 'dtype=torch.float32')
     shutil.rmtree(part_of(path))     # of the larger answers
     refuses(lambda: record(teacher=Times(float('nan'))), 'not finite')
-    assert record_teacher(Times(1e7), dls, tmp_path/'large32').header['dtype'] == 'float32'
+    assert record_teacher(Times(1e7), dls, tmp_path/'large32').header['answers'][0]['dtype'] == 'float32'
     rec = record_teacher(net(), dls, path)
     refuses(lambda: record_teacher(rec, dls, tmp_path/'again'), 'Expected networks to record')
 
@@ -125,14 +125,14 @@ def test_the_same_weights_with_other_answers_are_another_teacher(tmp_path, make,
              (Teacher(a, same),Teacher(a, brighter)), (Teacher(a),Teacher(a, brighter))]
     for i,(first,other) in enumerate(pairs):
         rec = record_teacher(first, dls, tmp_path/f'{i}', topk=topk)
-        is_another(lambda: record_teacher(other, dls, tmp_path/f'{i}', topk=topk), 'answers to the first batch')
+        is_another(lambda: record_teacher(other, dls, tmp_path/f'{i}', topk=topk), 'predictions in the first batch')
         assert record_teacher(first, dls, tmp_path/f'{i}', topk=topk).header == rec.header
 
 def test_another_teacher_does_not_go_on(tmp_path):
     dls,teacher = images(),cnn()
     with pytest.raises(KeyboardInterrupt): record_teacher(Counting(teacher, 4), dls, tmp_path/'r', n_epoch=2)
     other = Teacher(Counting(teacher), brighter)
-    is_another(lambda: record_teacher(other, dls, tmp_path/'r', n_epoch=2), 'answers to the first batch')
+    is_another(lambda: record_teacher(other, dls, tmp_path/'r', n_epoch=2), 'predictions in the first batch')
     record_teacher(Counting(teacher), dls, tmp_path/'r', n_epoch=2)
 
 def test_changed_data_are_found_when_a_recording_is_opened(tmp_path, monkeypatch):

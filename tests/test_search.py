@@ -97,5 +97,5 @@ def test_comp_says_which_student_is_better():
 
 def test_weight_finder_mistakes(trained):
     learn,kd = new(trained),KnowledgeDistillationCallback(trained, Logits)
-    with pytest.raises(ValueError, match='no temperature'): learn.weight_finder(kd, temperatures=[2])
+    with pytest.raises(ValueError, match='Expected a loss with a temperature'): learn.weight_finder(kd, temperatures=[2])
     with pytest.raises(ValueError, match="one of train_loss, valid_loss, accuracy, but got 'f1'"): learn.weight_finder(kd, monitor='f1')

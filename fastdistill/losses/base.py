@@ -60,6 +60,7 @@ class Loss(nn.Module):
     kinds:tuple = ()                # Features it takes, by number of axes: 2 vectors, 3 sequences, 4 maps. (): any
     least_items:int = 1             # Items that a batch must have. 2: it compares them with each other
     least_positions:int = 1         # Positions that features must have. 2: it compares them with each other
+    reduced_to:str|None = None      # Name of what `reduce_teacher` returns. None: the text of the loss
 
     def __init_subclass__(cls, registered=True, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -93,13 +94,18 @@ class LossNeeds:
         return isinstance(self.loss, nn.Module) and hasattr(self.loss, 'build')
 
     @property
+    def reduction(self) -> str|None:
+        "Name of what a recording keeps of the teacher's feature; `None`: the feature itself"
+        return (self.reduced_to or repr(self.loss)) if hasattr(self.loss, 'reduce_teacher') else None
+
+    @property
     def trains(self) -> bool:
         "Does the loss have something to train, or will it build it?"
         module = isinstance(self.loss, nn.Module)
         return self.builds or module and any(p.requires_grad for p in self.loss.parameters())
 
     def __repr__(self):
-        found = {k:getattr(self, k) for k in [*self._defaults, 'builds', 'trains']}
+        found = {k:getattr(self, k) for k in [*self._defaults, 'builds', 'trains', 'reduction']}
         return f'LossNeeds({", ".join(f"{k}={v!r}" for k,v in found.items())})'
 
 # %% ../../nbs/losses/base.ipynb #40dd7f5d
@@ -184,6 +190,13 @@ def same_positions(student, teacher):
     size = tuple(map(min, student.shape[2:], teacher.shape[2:]))
     return tuple(x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size) for x in (student,teacher))
 
+def check_not_larger(reduced, student):
+    "Raise `ValueError` where a recorded map would have to be made smaller"
+    if all(r <= s for r,s in zip(reduced.shape[2:], student.shape[2:])): return
+    raise ValueError(f'Expected a recorded map that is not larger than the student\'s feature map, but got '
+                     f'{tuple(reduced.shape)} and {tuple(student.shape)}. Larger features are made smaller before '
+                     'their map is computed, so record the features: `record_teacher(..., reduce=False)`.')
+
 def check_positions(x, least):
     "Raise `ValueError` unless features have at least `least` positions"
     if math.prod(x.shape[1:2] if x.ndim == 3 else x.shape[2:]) < least:
@@ -199,6 +212,10 @@ class FeatureLoss(Loss, registered=False):
         "Raise `ValueError` unless these are features that this loss can compare"
         check_features(student, teacher, self.kinds, self.same_channels)
         check_items(student, self.least_items)
+
+    def forward_reduced(self, fm_student, reduced, *targ):
+        "The loss, with what `reduce_teacher` has returned in the place of the teacher's feature"
+        return self(fm_student, reduced, *targ)
 
     def aligned(self, student, teacher):
         "Both with one height, width and dtype; raises `ValueError` where this loss cannot compare them"

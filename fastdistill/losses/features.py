@@ -9,8 +9,8 @@ __all__ = ['Attention', 'Cosine', 'ActivationBoundaries', 'ChannelWise']
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .base import (FeatureLoss, above_0, channel_axis, check_above, check_at_least, full_precision,
-                                     kl_div, scaled)
+from .base import (FeatureLoss, above_0, channel_axis, check_above, check_at_least, check_not_larger,
+                                     full_precision, kl_div, scaled)
 
 # %% ../../nbs/losses/features.ipynb #30e8ec70
 class Attention(FeatureLoss):
@@ -29,14 +29,30 @@ class Attention(FeatureLoss):
         "How strong the activations are at each position of a feature map"
         return (fm.square() if self.p==2 else fm.abs().pow(self.p)).mean(1, keepdim=True)
 
+    @property
+    def reduced_to(self): return f'attention map, p={self.p:g}'
+    def reduce_teacher(self, fm_teacher): return self.attention_map(fm_teacher)
+
     @full_precision
     def forward(self,
         fm_student:Tensor, # Student's feature map, (B, C, H, W)
         fm_teacher:Tensor, # Teacher's feature map, (B, C', H', W')
     ) -> Tensor: # Scalar: averaged over batch and positions
         "Raises `ValueError` unless both are feature maps of the same batch, and for maps of a single position"
-        s,t = map(self.attention_map, self.aligned(fm_student, fm_teacher))
-        return F.mse_loss(*(F.normalize(m.flatten(1)) for m in (s,t)))
+        return self._compare(*map(self.attention_map, self.aligned(fm_student, fm_teacher)))
+
+    @full_precision
+    def forward_reduced(self,
+        fm_student:Tensor, # Student's feature map, (B, C, H, W)
+        reduced:Tensor, # Teacher's attention map, (B, 1, H', W'), not larger than the student's map
+    ) -> Tensor: # Scalar
+        "The same with a recorded map; raises `ValueError` for one that is larger than the student's"
+        check_not_larger(reduced, fm_student)
+        s,t = self.aligned(fm_student, reduced)
+        return self._compare(self.attention_map(s), t)
+
+    def _compare(self, student, teacher):
+        return F.mse_loss(*(F.normalize(m.flatten(1)) for m in (student,teacher)))
 
 # %% ../../nbs/losses/features.ipynb #4fea8d0b
 class Cosine(FeatureLoss):

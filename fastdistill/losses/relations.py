@@ -32,14 +32,37 @@ class Similarity(FeatureLoss):
         return F.mse_loss(*(unit(_gram(f.flatten(1))) for f in (fm_student,fm_teacher)))
 
 # %% ../../nbs/losses/relations.ipynb #55c72fdd
-def _vectors(student, teacher):
-    "Features averaged over their positions, (B, C) and (B, C')"
-    return (x if x.ndim == 2 else x.mean(1) if x.ndim == 3 else x.mean((2,3)) for x in (student,teacher))
+def mean_over_positions(x):
+    "Features averaged over their positions, (B, C)"
+    return x if x.ndim == 2 else x.mean(1) if x.ndim == 3 else x.mean((2,3))
+
+class VectorLoss(FeatureLoss, registered=False):
+    "Base class of a loss on vectors: `compare` gets features averaged over their positions, (B, C) and (B, C')"
+    least_items,reduced_to = 2,'mean over positions'
+    def reduce_teacher(self, fm_teacher): return mean_over_positions(fm_teacher)
+
+    @full_precision
+    def forward(self,
+        fm_student:Tensor, # Student's features: a map, a sequence or a vector
+        fm_teacher:Tensor, # Teacher's features, of the same kind
+    ) -> Tensor: # Scalar
+        "Raises `ValueError` for different kinds of features and for too few items"
+        self.check(fm_student, fm_teacher)
+        return self.compare(*map(mean_over_positions, (fm_student,fm_teacher)))
+
+    @full_precision
+    def forward_reduced(self,
+        fm_student:Tensor, # Student's features: a map, a sequence or a vector
+        reduced:Tensor, # Teacher's features, averaged over their positions, (B, C')
+    ) -> Tensor: # Scalar
+        "The same with the teacher's vectors; raises `ValueError` for too few items"
+        s = mean_over_positions(fm_student)
+        self.check(s, reduced)
+        return self.compare(s, reduced)
 
 # %% ../../nbs/losses/relations.ipynb #1a30fec4
-class RKD(FeatureLoss):
+class RKD(VectorLoss):
     "Smooth L1 loss of distances between items and of angles of three ([Park 2019](https://arxiv.org/abs/1904.05068))"
-    least_items = 2
     def __init__(self,
         distance:float=25., # Weight of the distances
         angle:float=50., # Weight of the angles
@@ -63,22 +86,18 @@ class RKD(FeatureLoss):
         e = unit(x[:,None] - x[None])
         return e @ e.transpose(1, 2)
 
-    @full_precision
-    def forward(self,
-        fm_student:Tensor, # Student's features: a map, a sequence or a vector
-        fm_teacher:Tensor, # Teacher's features, of the same kind
+    def compare(self,
+        s:Tensor, # Student's vectors, (B, C)
+        t:Tensor, # Teacher's, (B, C')
     ) -> Tensor: # Scalar: averaged over pairs and over triples of items
-        "Raises `ValueError` for different kinds of features and for a batch of one item"
-        self.check(fm_student, fm_teacher)
-        s,t = _vectors(fm_student, fm_teacher)
+        "Compare distances and angles"
         terms = [w * F.smooth_l1_loss(f(s), f(t))
                  for w,f in ((self.distance,self.distances), (self.angle,self.angles)) if w]
         return sum(terms) if terms else 0*s.sum()
 
 # %% ../../nbs/losses/relations.ipynb #97e9e8f3
-class PKT(FeatureLoss):
+class PKT(VectorLoss):
     "Divergence of probabilities to be neighbours ([Passalis & Tefas 2018](https://arxiv.org/abs/1803.10837))"
-    least_items = 2
     def __init__(self,
         eps:float=1e-7, # Added to both probabilities
     ):
@@ -93,12 +112,10 @@ class PKT(FeatureLoss):
         k = (unit(x) @ unit(x).T + 1) / 2
         return k / k.sum(1, keepdim=True)
 
-    @full_precision
-    def forward(self,
-        fm_student:Tensor, # Student's features: a map, a sequence or a vector
-        fm_teacher:Tensor, # Teacher's features, of the same kind
+    def compare(self,
+        s:Tensor, # Student's vectors, (B, C)
+        t:Tensor, # Teacher's, (B, C')
     ) -> Tensor: # Scalar: averaged over pairs of items
-        "Raises `ValueError` for different kinds of features and for a batch of one item"
-        self.check(fm_student, fm_teacher)
-        s,t = map(self.neighbours, _vectors(fm_student, fm_teacher))
+        "Compare probabilities"
+        s,t = map(self.neighbours, (s,t))
         return (t * ((t+self.eps)/(s+self.eps)).log()).mean()

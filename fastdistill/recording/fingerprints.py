@@ -39,8 +39,8 @@ def _factors(n, device):
 # %% ../../nbs/recording/fingerprints.ipynb #742c32e1
 def checksums(
     *xb, # Inputs of a batch: tensors of shape (B, ...), or lists, tuples and dictionaries of them
-) -> Tensor: # (B,), int64
-    "A number for each item that tells whether any bit of it has changed"
+) -> Tensor: # (B,), int32
+    "A number for each item that tells whether any bit of it has changed; it is never 0"
     found = [x if x.device.type in ('cpu','cuda') else x.cpu() for x in leaves(xb)]
     if not found:
         kinds = ', '.join(type(x).__name__ for x in xb)
@@ -52,11 +52,17 @@ def checksums(
         factors = _factors(words.shape[1], words.device)
         parts = words.split(max(1, 2**17//max(1, len(factors))))     # the products of a part fit into a cache
         total = total*1_000_003 + torch.cat([_sum_products(p, factors) for p in parts])
-    return total
+    return _fold(total)
 
 def _sum_products(words, factors):
-    # the shift mixes high bits into low ones: otherwise two changes of a highest bit would cancel out
-    return (words>>32).bitwise_xor_(words).mul_(factors).sum(1)
+    # the shift mixes high bits into low ones: otherwise two changes of a highest bit would cancel out.
+    # It copies the sign; without the mask, a word and its inverse, as in a negative image, would count as equal
+    return (words>>32).bitwise_and_(2**32-1).bitwise_xor_(words).mul_(factors).sum(1)
+
+def _fold(x):
+    "32 bits of 64; 0 becomes 1, because a row in which nothing was written has 0 for its checksum"
+    x = (x ^ (x>>32)).int()
+    return x.masked_fill_(x == 0, 1)
 
 # %% ../../nbs/recording/fingerprints.ipynb #3c60086d
 def digest_model(

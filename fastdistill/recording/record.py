@@ -13,11 +13,14 @@ import torch
 from fastai.callback.rnn import ModelResetter
 from fastai.learner import Learner
 from .batches import seeded, texts_in_order
+from .kept import kept_for
 from .processes import together
 from .replay import TeacherRecording
 from .same import check_loader
 from .session import RecordingSession
 from ..ensemble import as_teacher
+from ..losses.predictions import SoftTarget
+from ..objective import Objective
 
 # %% ../../nbs/recording/record.ipynb #0361cc64
 def record_teacher(
@@ -25,27 +28,40 @@ def record_teacher(
     dls, # `DataLoaders` whose training set is recorded
     path, # Folder to make
     n_epoch:int=1, # Epochs to record; one is taken where inputs do not change from epoch to epoch
+    loss=SoftTarget, # What the recording is for: a loss, a `Match`, a list of these, or an `Objective`
+    student_layers:str|list=None, # Not used: you may pass the same arguments as to the callback
+    teacher_layers:str|list=None, # For a loss on features: names of the teacher's layers
     seed:int=0, # What the batches are drawn from
     dtype:torch.dtype=None, # `torch.float16` or `torch.float32`; the first if it is precise enough
     topk:int=None, # Number of highest logits to keep, with the sum of the others; all by default
     axis:int=1, # Axis of the classes, for `topk`
+    reduce:bool=True, # Keep only what the losses need of a feature, such as maps of attention?
     cbs=None, # `MixUp`, `CutMix` or a list of them: the teacher is asked about blended inputs
-): # `TeacherRecording`
-    "Record a teacher's answers, or complete a recording; `FileExistsError` if `path` has another one"
+    first_epoch:int=0, # Number of the first epoch to record, if others record those before it
+): # `TeacherRecording`, or `None` if epochs come before it
+    "Record what losses need of a teacher, or complete a recording; `FileExistsError` if `path` has another one"
     with together() as processes, ExitStack() as undo:
         with processes.ending_together():
-            _check_arguments(dls.train, n_epoch, dtype)
+            _check_arguments(dls.train, n_epoch, first_epoch, dtype)
             resets = isinstance(teacher, Learner) and any(isinstance(cb, ModelResetter) for cb in teacher.cbs)
             if resets: _check_alone(processes)
             teacher = as_teacher(teacher)
             if not teacher.live: raise ValueError(f'Expected networks to record, but got {teacher}')
-            session = RecordingSession(teacher, dls, seed, resets, cbs, processes)
+            kept = _needed(teacher, loss, student_layers, teacher_layers, reduce)
+            session = RecordingSession(teacher, dls, seed, resets, kept, cbs, processes)
+            undo.enter_context(session.answers_to)
             undo.callback(teacher.stop)
             undo.enter_context(_as_found(dls.train, seed))
             session.look()
-            header = session.header(n_epoch, dtype, topk, axis)
+            header = session.header(n_epoch, dtype, topk, axis, first_epoch)
         session.record(Path(path), header)
-    return TeacherRecording(path)
+    return None if first_epoch else TeacherRecording(path)
+
+def _needed(teacher, loss, student_layers, teacher_layers, reduce):
+    "What the terms of an objective need of the teacher"
+    if not isinstance(loss, Objective): loss = Objective(loss, student_layers or teacher_layers, teacher_layers)
+    loss.check_teacher(teacher)
+    return kept_for(loss.terms, reduce)
 
 @contextmanager
 def _as_found(dl, seed):
@@ -60,10 +76,11 @@ def _check_alone(processes):
     raise ValueError('A recurrent teacher is asked about the batches of an epoch in their order, '
                      f'so {processes.world} processes cannot share them. Record it in one, with plain `python`.')
 
-def _check_arguments(dl, n_epoch, dtype):
+def _check_arguments(dl, n_epoch, first_epoch, dtype):
     if dtype not in (None,torch.float16,torch.float32):
         raise ValueError(f'Expected dtype to be torch.float16 or torch.float32, but got {dtype!r}')
     if n_epoch < 1: raise ValueError(f'Expected at least one epoch, but got n_epoch={n_epoch}')
+    if first_epoch < 0: raise ValueError(f'Epochs are counted from 0, but got first_epoch={first_epoch}')
     check_loader(dl)
     if dl.n is None or dl.bs is None or not len(dl):
         raise ValueError('Expected a training set of known size, with at least one batch, '

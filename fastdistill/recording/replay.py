@@ -6,14 +6,17 @@
 __all__ = ['TeacherRecording']
 
 # %% ../../nbs/recording/replay.ipynb #d722ec29
+from os import PathLike
 from pathlib import Path
 from fastai.callback.rnn import ModelResetter
 from fastcore.basics import patch
 from torch import nn, Tensor
 from .batches import loader_of, Numbered, Seeded
 from .blends import check_blends, seed_blends
-from .files import epochs_text, Files, part_of
+from .files import epochs_text
+from .folders import open_folders
 from .fingerprints import leaves
+from .kept import find_kept, RecordedFeatures
 from .same import check_inputs, check_loader, differences, setup_of
 from ..teacher import Teacher
 
@@ -22,26 +25,28 @@ class TeacherRecording(Teacher):
     "The recorded answers of a teacher, in its place"
     live = False     # it can only answer what it was asked before
     def __init__(self,
-        path, # Folder that `record_teacher` has made; `ValueError` if it is not whole
+        path, # Folder that `record_teacher` has made, or a list of them; `ValueError` if one is not whole
     ):
-        self.path,self.model = Path(path),nn.Module()
-        if not self.path.exists() and (part := part_of(self.path)).exists():
-            raise ValueError(f'{part} is not whole: its recording was interrupted. '
-                             'Call `record_teacher` with the same arguments to complete it.')
-        self.files = Files(self.path)
-        self.header = self.files.header
-        if not self.header['whole']: raise ValueError(f'{path} is not whole: its recording was interrupted')
-        self.epoch,self.blends = None,[]     # the batches of the running epoch, and what blends them
+        is_one,self.model = isinstance(path, (str,PathLike)),nn.Module()
+        self.path = Path(path) if is_one else [Path(p) for p in path]
+        self.folders = open_folders([self.path] if is_one else self.path)
+        self.header = {**self.folders[0].header, 'n_epoch':sum(files.header['n_epoch'] for files in self.folders)}
+        self.kept = self.folders[0].kept
+        self.epoch,self.blends = None,[]     # of the running epoch: its batches, what blends them
+        self.values,self.in_use = {},[]      # what was read of the running batch, and what its fit compares, by number
 
     def start(self, device, reset=False):
         "There is nothing to start"
-    def check_layers(self, names):
-        "Raise `ValueError`: there are none"
-        raise ValueError(f'expected a network as the teacher, but {self} holds predictions only')
+    def check_term(self, m):
+        "Raise `ValueError` unless the recording holds what a term compares"
+        find_kept(self.kept, m)
+    def hooks(self, m):
+        "What a term compares, in the place of hooks"
+        return RecordedFeatures(self, m)
     def stop(self):
         "Forget the batches"
         for b in self.blends: b.remove()
-        self.epoch,self.blends = None,[]
+        self.epoch,self.blends,self.values = None,[],{}
     def choose(self, *xb):
         "There is nothing to choose"
         return False
@@ -50,7 +55,8 @@ class TeacherRecording(Teacher):
 
     def __repr__(self):
         h = self.header
-        return f'TeacherRecording({self.path}: {h["teacher"]}, {epochs_text(h)} of {h["rows"]:,} items)'
+        names = ', '.join(str(files.path) for files in self.folders)
+        return f'TeacherRecording({names}: {h["teacher"]}, {epochs_text(h)} of {h["rows"]:,} items)'
 
 # %% ../../nbs/recording/replay.ipynb #cbf8c37c
 @patch
@@ -80,6 +86,12 @@ def _check_processes(learn, rank=0, world=1, device=None):
 @patch(as_prop=True)
 def _rows(self:TeacherRecording): return self.epoch.rows(self.epoch.i)
 
+@patch(as_prop=True)
+def files(self:TeacherRecording):
+    "The folder with the answers to this batch"
+    if self.epoch is None: return self.folders[0]
+    return next(files for files in self.folders if self._rows[0] in files.rows)
+
 @patch
 def check(self:TeacherRecording,
     *xb, # All inputs of a batch
@@ -90,9 +102,15 @@ def check(self:TeacherRecording,
 @patch
 def __call__(self:TeacherRecording,
     *xb, # All inputs of a batch
-) -> Tensor: # The recorded logits, in float32, on the device of the inputs
-    "What the teacher answered; `ValueError` where the file is damaged"
-    arrays,whole = self.files.read(self._rows)
-    if not whole.all():
-        raise ValueError(f'{self.path} is damaged: {(~whole).sum()} of {len(whole)} answers are not what was written')
-    return self.files.format.decode(arrays, leaves(xb)[0].device)
+) -> Tensor: # The recorded logits, in float32, on the device of the inputs; `None` if all terms compare features
+    "Read what the teacher answered; `ValueError` where the file is damaged"
+    device = leaves(xb)[0].device
+    self.values = {i:self._read(i, device) for i in sorted({*self.in_use})}
+    return next((v for i,v in self.values.items() if self.kept[i].layer is None), None)
+
+@patch
+def _read(self:TeacherRecording, i, device):
+    files = self.files
+    arrays,whole = files.read(self._rows, i)
+    if whole.all(): return files.formats[i].decode(arrays, device)
+    raise ValueError(f'{files.path} is damaged: {(~whole).sum()} of {len(whole)} answers are not what was written')

@@ -16,7 +16,8 @@ from .answers import AnswerFormat, check_finite, choose_dtype, close, spread_of
 from .batches import items_per_epoch, Seeded
 from .blends import Blends
 from .files import alone, epochs_text, Files, part_of, recording_nbytes, size_text
-from .fingerprints import checksums, digest_model, leaves
+from .fingerprints import checksums, digest_header, digest_model, leaves
+from .kept import describe_kept, Kept, KeptHooks
 from .processes import Processes
 from .same import check_inputs, differences, environment_of, same_in_any_order, setup_of
 
@@ -28,10 +29,12 @@ class RecordingSession:
         dls, # `DataLoaders`
         seed:int, # What the batches are drawn from
         resets:bool=False, # Is the teacher recurrent, and forgets its hidden state at the start of an epoch?
+        kept:list=(Kept(),), # What is kept of the teacher's forward passes; its logits by default
         cbs=None, # Callbacks that blend inputs
         processes:Processes=None, # Those that record together
     ):
-        self.teacher,self.dls,self.seed,self.resets = teacher,dls,seed,resets
+        self.teacher,self.dls,self.seed,self.resets,self.kept = teacher,dls,seed,resets,list(kept)
+        self.answers_to = KeptHooks(teacher, self.kept)
         self.blends,self.processes = Blends(cbs),processes or Processes()
         # how far answers may be from recorded ones; asked now, before a teacher with `fast=True` chooses its precision
         all_teachers = getattr(teacher, 'teachers', [teacher])
@@ -39,14 +42,19 @@ class RecordingSession:
 
     def ask(self,
         dl, # Where the batch comes from
-    ) -> tuple: # Inputs, and the teacher's answer
-        "Ask the teacher about the first batch of `dl`"
-        epoch = Seeded(dl, self.seed, 0)
+        n:int=0, # Number of an epoch
+    ) -> tuple: # Inputs, and the teacher's answers, one for each thing that is kept
+        "Ask the teacher about the first batch of an epoch"
+        epoch = Seeded(dl, self.seed, n)
         xb = self.blends.inputs(self.dls, next(iter(epoch)), epoch)
         self.teacher.start(leaves(xb)[0].device, self.resets)
-        answer = self.teacher(*xb)
-        check_finite(answer)
-        return xb,answer
+        answers = self.answers_to(*xb)
+        for a in answers: check_finite(a)
+        return xb,answers
+
+def _same(answers, others):
+    "Are these the same answers, but for small differences?"
+    return all(close(a, b, 0.05*spread_of(b)) for a,b in zip(answers, others))
 
 # %% ../../nbs/recording/session.ipynb #94201911
 @patch
@@ -57,17 +65,17 @@ def look(self:RecordingSession):
 
 @patch
 def _look_in_any_order(self:RecordingSession):
-    "Whether each item can be recorded once; `dl`, `xb` and `answer` are then those of such a recording"
+    "Whether each item can be recorded once; `dl`, `xb` and `answers` are then those of such a recording"
     if not same_in_any_order(self.dls): return False
     train = self.dls.train
     dl = train.new(shuffle=False, drop_last=False, get_idxs=partial(list, range(train.n)))
     if items_per_epoch(dl, self.seed) != dl.n: return False
-    xb,answer = self.ask(dl)
-    try: _,other = self.ask(dl.new(bs=2 if dl.bs > 2 else 4, num_workers=0))
+    xb,answers = self.ask(dl)
+    try: _,others = self.ask(dl.new(bs=2 if dl.bs > 2 else 4, num_workers=0))
     except Exception: return False     # a model for batches of one size
-    n = min(len(answer), len(other))
-    if close(other[:n], answer[:n], 0.05*spread_of(answer)):
-        self.dl,self.xb,self.answer = dl,xb,answer
+    n = min(len(answers[0]), len(others[0]))
+    if _same([o[:n] for o in others], [a[:n] for a in answers]):
+        self.dl,self.xb,self.answers = dl,xb,answers
         return True
     if self.processes.is_first:
         print('The teacher\'s answer to an item depends on the others in its batch\n'
@@ -79,9 +87,9 @@ def _look_in_any_order(self:RecordingSession):
 def _look_in_batches(self:RecordingSession):
     "Take the loader itself; `ValueError` where the teacher answers its first batch in two ways"
     self.dl = self.dls.train
-    self.xb,self.answer = self.ask(self.dl)
+    self.xb,self.answers = self.ask(self.dl)
     self.teacher.start(leaves(self.xb)[0].device, self.resets)
-    if close(self.teacher(*self.xb), self.answer, 0.05*spread_of(self.answer)): return
+    if _same(self.answers_to(*self.xb), self.answers): return
     raise ValueError(f'The teacher {self.teacher} answers the same batch differently when it is asked again, '
                      'so its answers cannot be recorded. Switch off what it draws at random. '
                      'If it is a recurrent model, pass its `Learner`, with a `ModelResetter`.')
@@ -93,23 +101,35 @@ def header(self:RecordingSession,
     dtype=None, # `torch.float16` or `torch.float32`, by default the first where it is precise enough
     topk:int=None, # Number of highest logits to keep
     axis:int=1, # Axis of the classes, for `topk`
+    first_epoch:int=0, # Number of the first of these epochs
 ) -> dict:
     "The header of the recording, before it is whole"
-    stored = AnswerFormat(self.answer.shape[1:], dtype or choose_dtype(self.answer), topk, axis)
+    if self.any_order and first_epoch:
+        raise ValueError(f'Items look the same in each epoch, so each is recorded once: expected first_epoch=0, '
+                         f'but got {first_epoch}')
+    if topk and not any(k.layer is None for k in self.kept):
+        raise ValueError(f'Expected topk only where predictions are recorded, but these losses need {self.kept}')
+    def stored(k, a): return AnswerFormat(a.shape[1:], dtype or choose_dtype(a), None if k.layer else topk, axis)
     return dict(
         teacher=repr(self.teacher), weights=digest_model(self.teacher.model),
-        n_epoch=1 if self.any_order else n_epoch, rows=items_per_epoch(self.dl, self.seed),
-        any_order=self.any_order, seed=self.seed, blends=self.blends.texts, **stored.header,
+        n_epoch=1 if self.any_order else n_epoch, first_epoch=first_epoch, rows=items_per_epoch(self.dl, self.seed),
+        any_order=self.any_order, seed=self.seed, blends=self.blends.texts,
+        inputs=digest_header(dict(inputs=checksums(*self.xb).tolist()))[:16],
+        answers=[{**k.header, **stored(k, a).header} for k,a in zip(self.kept, self.answers)],
         setup=setup_of(self.dls, self.dls.train, self.any_order), environment=environment_of(self.dl), whole=False)
 
 def describe_header(
     h:dict, # Header
 ) -> str:
-    "What will be recorded, in a line"
+    "What will be recorded: a line for all of it, and one for each thing that is kept"
     order = 'in any order' if h['any_order'] else f'in {epochs_text(h)} of batches'
-    highest = f', the {h["topk"]} highest' if h['topk'] else ''
-    return (f'{h["rows"]:,} items {order}, answers of shape {tuple(h["shape"])} in {h["dtype"]}{highest}, '
-            f'{size_text(recording_nbytes(h))}')
+    return '\n'.join([f'{h["rows"]:,} items {order}, {size_text(recording_nbytes(h))}', *map(_describe, h['answers'])])
+
+def _describe(a):
+    "What is kept of each item"
+    kept,highest = Kept(a['layer'], a['reduced_to']),f', the {a["topk"]} highest' if a['topk'] else ''
+    size = size_text(AnswerFormat.of(a).nbytes)
+    return f'  {kept}: shape {tuple(a["shape"])} in {a["dtype"]}{highest}, {size} for an item'
 
 # %% ../../nbs/recording/session.ipynb #219c0983
 @patch
@@ -118,15 +138,15 @@ def batches(self:RecordingSession,
 ): # A generator
     "Rows and inputs of each batch, and whether it has an answer; inputs are `None` in epochs without a gap"
     h,p = files.header,self.processes
-    for n in range(h['n_epoch']):
+    for n in range(h['first_epoch'], h['first_epoch'] + h['n_epoch']):
         epoch = Seeded(self.dl, self.seed, n, h['rows'], p.rank, p.world)
-        rows = [epoch.rows(i) for i in range(p.rank, epoch.n_batches, p.world)]
-        done = [not self.resets and files.done(r) for r in rows]
-        if all(done):
-            yield from ((r,None,True) for r in rows)
+        def done(rows): return not self.resets and files.done(rows)     # asked late: a gap ends the first search
+        def rows(): return map(epoch.rows, range(p.rank, epoch.n_batches, p.world))
+        if all(map(done, rows())):
+            yield from ((r,None,True) for r in rows())
             continue
         if self.resets: self.teacher.start(self.teacher.device, True)
-        for r,b,d in zip(rows, epoch, done): yield r,self.blends.inputs(self.dls, b, epoch),d
+        for r,b in zip(rows(), epoch): yield r,self.blends.inputs(self.dls, b, epoch),done(r)
 
 # %% ../../nbs/recording/session.ipynb #03c91ba8
 @patch
@@ -136,19 +156,19 @@ def fill(self:RecordingSession,
     "Ask the teacher about all batches without an answer"
     h,p = files.header,self.processes
     self.teacher.choose(*self.xb)
-    size,n_batches = spread_of(self.answer),math.ceil(h['rows']/self.dl.bs)
+    spreads,n_batches = [spread_of(a) for a in self.answers],math.ceil(h['rows']/self.dl.bs)
     batches = self.batches(files)
     if p.is_first: batches = _bar(batches, h['n_epoch']*len(range(0, n_batches, p.world)))
     for rows,xb,done in batches:
         p.go_on()
-        if not done: self._write(files, rows, xb, size)
+        if not done: self._write(files, rows, xb, spreads)
         elif xb is not None: check_inputs(files, rows, xb, self.dl)
 
 @patch
-def _write(self:RecordingSession, files, rows, xb, size):
-    inputs,logits = checksums(*xb),self.teacher(*xb)
-    files.format.check(logits, len(rows))
-    files.write(rows, inputs, files.format.encode(logits, size))
+def _write(self:RecordingSession, files, rows, xb, spreads):
+    inputs,answers = checksums(*xb),self.answers_to(*xb)
+    for f,a in zip(files.formats, answers): f.check(a, len(rows))
+    files.write(rows, inputs, [f.encode(a, s) for f,a,s in zip(files.formats, answers, spreads)])
 
 def _bar(gen, total):
     "A progress bar; in a log file, where each update is a line, it has at most one in a second"
@@ -165,13 +185,18 @@ def open(self:RecordingSession,
 ) -> Files:
     "The files in a folder; `FileExistsError` where they belong to another recording"
     files = Files(folder, write)
-    wanted = {k:v for k,v in header.items() if k not in ('environment','whole')}
-    if d := differences(files.header, wanted): raise _another(files, d)
-    rows = Seeded(self.dl, self.seed, 0, header['rows']).rows(0)
+    wanted = {k:v for k,v in header.items() if k not in ('environment','inputs','whole')}
+    def brief(h): return {**h, 'answers':describe_kept(h['answers'])}
+    if d := differences(brief(files.header), brief(wanted)): raise _another(files, d)
+    n = header['first_epoch']
+    rows = Seeded(self.dl, self.seed, n, header['rows']).rows(0)
     if files.done(rows):
-        check_inputs(files, rows, self.xb, self.dl)
-        if change := files.format.change(self.answer, files.read(rows)[0], self.tolerance):
-            raise _another(files, f'answers to the first batch, by up to {change:.3g}, though the weights are the same')
+        xb,answers = self.ask(self.dl, n) if n else (self.xb,self.answers)
+        check_inputs(files, rows, xb, self.dl)
+        for i,(f,a) in enumerate(zip(files.formats, answers)):
+            if not (change := f.change(a, files.read(rows, i)[0], self.tolerance)): continue
+            raise _another(files, f'{self.kept[i]} in the first batch, by up to {change:.3g}, '
+                                  'though the weights are the same')
     return files
 
 def _another(files, what):
