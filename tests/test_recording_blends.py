@@ -7,6 +7,8 @@ from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, set_seed,
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.training import GradientAccumulation
 from fastdistill.callback import KnowledgeDistillationCallback as KD
+from fastdistill.losses import Attention, FitNet, SoftTarget
+from fastdistill.objective import Match
 from fastdistill.recording import record_teacher
 from fastdistill.recording.batches import Seeded
 from torch import nn
@@ -49,6 +51,17 @@ def test_bit_for_bit_as_a_teacher_that_runs(tmp_path, workers, mix):
     changed = (seen != plain).flatten(1).any(1)
     assert changed.any() and not (mix is HalfMixUp and changed.all())
     assert torch.equal(seen[:5], seen[10:]) and not torch.equal(seen[:5], seen[5:10])
+
+def test_features_of_blended_inputs(tmp_path):
+    teacher,dls,ends = cnn(),images(),[]
+    losses = [SoftTarget,Match(Attention, '0', '0'),Match(FitNet, '2', '2')]
+    rec = record_teacher(teacher, dls, tmp_path/'r', loss=losses, cbs=MixUp(), **float32)
+    for answers,cbs in (rec,[]),(teacher,[SameBatches(rec)]):
+        set_seed(5)
+        learn = QuietLearner(dls, cnn(dropout=0.5), CrossEntropyLossFlat())
+        learn.fit(3, cbs=[KD(answers, losses), MixUp(), *cbs])
+        ends.append(state(learn.model))
+    assert same_state(learn.model, ends[0])
 
 def test_blends_by_a_plain_loop(tmp_path):
     "What the teacher was asked is a blend of the batch with itself in another order"

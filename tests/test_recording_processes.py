@@ -5,6 +5,8 @@ from fastai.basics import Callback, CrossEntropyLossFlat, set_seed, SGD
 from fastai.callback.mixup import MixUp
 from fastai.callback.rnn import ModelResetter
 from fastdistill.callback import KnowledgeDistillationCallback
+from fastdistill.losses import SoftTarget
+from fastdistill.objective import Match
 from fastdistill.recording import record_teacher, TeacherRecording
 from fastdistill.recording.batches import Seeded
 from fastcore.foundation import L
@@ -221,9 +223,10 @@ def draw(rank, folder, name):
     rec,dls,seen = TeacherRecording(folder/name),images() if name == 'two' else data(25),[]
     wrapped = DistributedDL(dls.train)     # its own order would need a GPU
     batches = rec.batches(types.SimpleNamespace(dls=dls, dl=wrapped, epoch=1, cbs=L()))
-    for xb,_ in batches:
-        rec.check(xb)
-        seen.append((xb, rec(xb)))
+    with rec.hooks(Match(SoftTarget)):
+        for xb,_ in batches:
+            rec.check(xb)
+            seen.append((xb, rec(xb)))
     distributed.destroy_process_group()
     return len(batches),seen
 
