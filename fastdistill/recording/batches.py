@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['seed_of', 'set_seeds', 'seeded', 'is_stream', 'texts_in_order', 'has_own_way', 'Items', 'BatchTransforms',
-           'copy_loader', 'Numbered', 'check_shared', 'Seeded', 'items_per_epoch', 'inputs_of', 'loader_of']
+           'copy_loader', 'Numbered', 'distributed_loader', 'check_shared', 'Seeded', 'items_per_epoch', 'inputs_of',
+           'loader_of']
 
 # %% ../../nbs/recording/batches.ipynb #b51f7821
 import math, random, sys
@@ -151,6 +152,12 @@ class Numbered(GetAttr):
         if world > 1: check_shared(dl)
 
     @property
+    def __class__(self):
+        "For `isinstance`: fastai leaves a `DistributedDL` alone, but would put any other loader into one"
+        found = distributed_loader()
+        return type(self) if self.world == 1 or found is None else found
+
+    @property
     def n_batches(self):
         "In all processes"
         if self.idxs is None: return len(self.dl)
@@ -191,6 +198,10 @@ class Numbered(GetAttr):
         "Numbers of the items in a batch"
         bs = self.dl.bs
         return np.array(self.idxs[i*bs:(i+1)*bs])
+
+def distributed_loader(): # A class, or `None`
+    "fastai's `DistributedDL` where it is in use; it is not imported here, because it needs accelerate"
+    return getattr(sys.modules.get('fastai.distributed'), 'DistributedDL', None)
 
 def check_shared(
     dl, # fastai's `DataLoader`
@@ -269,6 +280,6 @@ def loader_of(
     dl, # Any loader
 ) -> tuple: # The loader, and for `Numbered`: rank, world and device
     "The loader in fastai's `DistributedDL`, and what that knows of the processes"
-    distributed = sys.modules.get('fastai.distributed')     # not imported here, as it needs accelerate
-    if distributed is None or not isinstance(dl, distributed.DistributedDL): return dl,{}
+    found = distributed_loader()
+    if found is None or not isinstance(dl, found): return dl,{}
     return dl.dl,dict(rank=dl.rank, world=dl.world_size, device=dl.device)

@@ -20,7 +20,7 @@ def describe_blend(
 ) -> str:
     "Its class, and the arguments of the class as far as they are numbers or words"
     args = {n:vars(cb).get(n) for n in inspect.signature(type(cb).__init__).parameters}
-    if args.get('alpha', 0) is None: args['alpha'] = cb.distrib.concentration1.item()     # fastai keeps the distribution
+    if args.get('alpha', 0) is None: args['alpha'] = cb.distrib.concentration1.item()     # all that fastai keeps
     def text(v): return f'{v:.6g}' if isinstance(v, float) else repr(v)
     kept = [f'{n}={text(v)}' for n,v in args.items() if isinstance(v, (int,float,str))]
     return f'{type(cb).__name__}({", ".join(kept)})'
@@ -30,6 +30,8 @@ class StandIn:
     "What a blend sees of a learner while a teacher is recorded"
     training = True
     def __init__(self, dls): self.dls = dls
+    def __getattr__(self, name):
+        raise AttributeError(f'a blend that reads `learn.{name}` cannot be recorded: there is no learner then')
     x = property(lambda self: detuplify(self.xb))
     y = property(lambda self: detuplify(self.yb))
 

@@ -9,9 +9,12 @@ __all__ = ['share_of', 'from_first', 'Stopped', 'Processes', 'together']
 import shutil, tempfile
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
-from fastai.torch_core import num_distrib
+from fastai.torch_core import num_distrib, rank_distrib
 from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 
 # %% ../../nbs/recording/processes.ipynb #9b1480ae
 def share_of(
@@ -93,6 +96,25 @@ class Processes:
 
 # %% ../../nbs/recording/processes.ipynb #d4b4b5df
 _patience = timedelta(minutes=10)     # until all have come
+_calls = count()
+
+@lru_cache(maxsize=None)
+def _store(): return next(rendezvous('env://', timeout=_patience))[0]
+
+def _make_group():
+    "`torchrun` keeps what was said in a group beyond its end, so each group says it under a name of its own"
+    store = distributed.PrefixStore(f'recording {next(_calls)}', _store())
+    who = dict(rank=rank_distrib(), world_size=num_distrib())
+    distributed.init_process_group('gloo', store=store, timeout=_patience, **who)
+
+def _find_others(found):
+    "A group of gloo, which works without GPUs too"
+    try:
+        if not found: _make_group()
+        return distributed.new_group(backend='gloo', timeout=_patience)
+    except RuntimeError as e:
+        raise RuntimeError('Expected all processes to call `record_teacher`, but they have not found each other '
+                           f'within {_patience}: {e}') from e
 
 @contextmanager
 def together(): # `Processes`
@@ -101,9 +123,7 @@ def together(): # `Processes`
     if (distributed.get_world_size() if found else num_distrib()) < 2:
         yield Processes()
         return
-    if not found: distributed.init_process_group('gloo', timeout=_patience)
-    group = distributed.new_group(backend='gloo', timeout=_patience)
-    folder = Path(tempfile.mkdtemp())
+    group,folder = _find_others(found),Path(tempfile.mkdtemp())
     try:
         processes = Processes(distributed.get_rank(), distributed.get_world_size(), group, folder/'failed')
         with processes.ending_together(): _on_one_machine(processes, folder)
