@@ -22,7 +22,7 @@ from ..teacher import Teacher
 
 # %% ../../nbs/recording/replay.ipynb #1d2fde8d
 class TeacherRecording(Teacher):
-    "The recorded answers of a teacher, in its place"
+    "The recorded answers of a teacher, used in place of the teacher"
     live = False     # it can only answer what it was asked before
     def __init__(self,
         path, # Folder that `record_teacher` has made, or a list of them; `ValueError` if one is not whole
@@ -63,7 +63,7 @@ class TeacherRecording(Teacher):
 def batches(self:TeacherRecording,
     learn, # The learner at the start of an epoch
 ): # Its batches
-    "The batches of this epoch as they were recorded; `ValueError` if they cannot be had"
+    "The batches of this epoch as they were recorded; `ValueError` if they are not available"
     self.stop()
     dl,process = loader_of(learn.dl)
     check_loader(dl)
