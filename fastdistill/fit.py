@@ -121,7 +121,8 @@ class Fit:
         kd,student = self.kd,unwrap_model(self.learn.model)
         check_teacher(kd.teacher, student)
         if not kd.trained.belongs_to(student): kd.trained = Trained(student, kd.trained.saved)
-        if not (kd.teacher.live and all(m.teacher_layers for m in self.objective.terms)) or is_compiled(kd.teacher.model):
+        on_features = all(m.teacher_layers for m in self.objective.terms)
+        if not (kd.teacher.live and on_features) or is_compiled(kd.teacher.model):
             self.may_stop = False   # predictions need the whole pass; compiled code would break at the exception
         self.epoch = Epoch(self.learn, self.objective, kd.teacher)
 
