@@ -126,7 +126,7 @@ def test_language_model(texts):
     dls = language_dls(texts)
     teacher,learn = (text_learner(language_model_learner, dls, n) for n in (12,6))
     with learn.no_bar(), learn.no_logging():
-        with pytest.raises(ValueError, match=r'classes to be along axis 1 of the predictions \(4, 8, \d+\).*labels of shape \(4, 8\).*`SoftTarget\(axis=-1\)`'): learn.fit(1, cbs=KD(teacher))
+        with pytest.raises(ValueError, match=r'expects the classes along axis 1 of the predictions \(4, 8, \d+\).*labels of shape \(4, 8\).*`SoftTarget\(axis=-1\)`'): learn.fit(1, cbs=KD(teacher))
     teacher.model[1].decoder.weight.data *= 30     # tied to the embedding; logits that tell something
     hidden = []
     def before(m, i): hidden.append(all(not h.any() for layer in m[0].hidden for h in layer))
