@@ -1,11 +1,16 @@
 "A student of a recorded teacher is the student of a live one."
 import gc, pickle, random, types
+from copy import copy, deepcopy
+from threading import Event, Thread
 import fastai.callback.schedule
 import numpy as np, pytest, torch
 from fastai.basics import Callback, set_seed
+from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation
+import fastdistill.check
 from fastdistill.callback import KnowledgeDistillationCallback
-from fastdistill.losses import SoftTarget
+from fastdistill.losses import Attention, SoftTarget
+from fastdistill.objective import Match
 from fastdistill.recording import record_teacher
 from torch import nn
 from conftest import data, learner, loaders, net, same_state, state
@@ -106,6 +111,50 @@ def test_an_interrupted_replay_leaves_the_loader_alone(tmp_path):
     other.sample(range(20), 20)
     assert dls.train.rng.random() == other.random() and rec.epoch is None
     fit(rec, dls)
+
+@pytest.mark.parametrize('mix', [(),(MixUp(),)], ids=['plain','MixUp'])
+@pytest.mark.parametrize('what', ['fit','check','copied callback'])
+def test_two_fits_at_once(tmp_path, mix, what):
+    "A recording serves several fits that run at the same time: here one inside the other"
+    dls,terms = images(),[Match(SoftTarget), Match(Attention, '0', '0')]
+    rec = record_teacher(cnn(), dls, tmp_path/'r', n_epoch=2, loss=terms, cbs=list(mix))
+    def start(cbs=()):
+        set_seed(3)
+        return learner(cnn(), images(), cbs=[*map(copy, mix), *cbs])
+    def plain(rec):
+        learn = start()
+        learn.fit(2, cbs=KnowledgeDistillationCallback(rec, terms))
+        return learn
+    class Inside(Callback):
+        def after_step(self):
+            if self.epoch or self.iter != 2: return
+            if what == 'check': start().distill_check(KnowledgeDistillationCallback(rec, terms))
+            elif what == 'fit': ends.append(plain(rec))
+            else: start().fit(1, cbs=deepcopy(kd))
+    want,ends,kd = plain(rec),[],KnowledgeDistillationCallback(rec, terms)
+    learn = start()
+    learn.fit(2, cbs=[kd,Inside()])
+    assert all(same_state(want.model, state(l.model)) for l in (learn,*ends))
+
+def test_two_threads(tmp_path):
+    "One fit goes on where the other has ended"
+    dls,began,ended,ends = data(),Event(),Event(),[]
+    rec = record_teacher(net(8), dls, tmp_path/'r', loss=[Match(SoftTarget), Match(Attention, '0.0', '0.0')])
+    weights = state(net())
+    def train(cb=None):
+        model = net()
+        model.load_state_dict(weights)
+        learn = learner(model, data(shuffle=False), cbs=cb)
+        learn.fit(2, cbs=KnowledgeDistillationCallback(rec, Attention, '0.0', '0.0'))
+        ends.append(learn)
+    def wait(self):
+        if self.training and self.iter == 1: began.set(); ended.wait(20)
+    train()
+    t = Thread(target=train, args=[Callback(after_pred=wait)])
+    t.start(); began.wait(20)
+    train()
+    ended.set(); t.join(20)
+    assert len(ends) == 3 and all(same_state(ends[0].model, state(l.model)) for l in ends[1:])
 
 def test_topk_in_a_fit(tmp_path):
     "9 of 10 classes: only the last one is not known, but its mass is; so nothing is lost"

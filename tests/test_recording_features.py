@@ -1,4 +1,5 @@
 "Recordings of features: fits as with a teacher that runs, what is kept, and what is refused."
+from copy import deepcopy
 from functools import partial
 import numpy as np, pytest, torch
 from fastai.basics import set_seed
@@ -126,6 +127,41 @@ def test_a_loss_of_your_own(tmp_path):
     rec = record_teacher(teacher, dls, tmp_path/'r', 1, m, dtype=torch.float32)
     assert list(map(str, rec.kept)) == ['0 (Halves())'] and rec.header['answers'][0]['shape'] == [8]
     assert same(distil(dls, KD(rec, m), n_epoch=1), distil(dls, KD(teacher, m), SameBatches(rec), n_epoch=1))
+
+class Part(FeatureLoss, registered=False):
+    "The text of this loss does not say what it takes"
+    def __init__(self, start, noise=None):
+        super().__init__()
+        self.first = start
+        self.register_buffer('weights', torch.ones(8) if noise is None else noise)
+    def reduce_teacher(self, fm_teacher): return self.weights*fm_teacher.flatten(1)[:,self.first:self.first+8]
+    def forward(self, s, t): return self.forward_reduced(s, self.reduce_teacher(t))
+    def forward_reduced(self, s, reduced): return (self.reduce_teacher(s) - reduced).square().mean()
+
+class PlainPart(Part, registered=False):
+    __repr__ = object.__repr__
+
+class Sums(RKD, registered=False):
+    "Vectors that are made in another way than those of the class that it extends"
+    def reduce_teacher(self, fm_teacher): return fm_teacher.sum((2,3))
+    def forward(self, s, t): return self.compare(s.sum((2,3)), self.reduce_teacher(t))
+    def forward_reduced(self, s, reduced): return self.compare(s.sum((2,3)), reduced)
+
+class Louder(Attention, registered=False):
+    def attention_map(self, fm): return fm.abs().exp().mean(1, keepdim=True)
+
+@pytest.mark.parametrize('one,other', [(Part(0),Part(9)), (PlainPart(0),PlainPart(9)), (Part(0),Part(0, torch.arange(8.))),
+                                       (RKD(),Sums()), (Attention(),Louder())], ids=str)
+def test_two_reductions_are_two_things(tmp_path, one, other):
+    "Losses that take other parts of a feature do not share what was recorded, though their texts are the same"
+    dls,teacher = images(),wide()
+    both = [Match(one, '0', '0'), Match(other, '0', '0')]
+    rec = record_teacher(teacher, dls, tmp_path/'r', 1, both, dtype=torch.float32)
+    assert len(rec.kept) == 2
+    assert same(distil(dls, KD(rec, both), n_epoch=1), distil(dls, KD(teacher, both), SameBatches(rec), n_epoch=1))
+    rec = record_teacher(teacher, dls, tmp_path/'one', 1, both[0])
+    KD(rec, Match(deepcopy(one), '0', '0'))     # no error
+    refuses(lambda: KD(rec, both[1]), 'expected a recording of 0 (', 'but it holds: 0 (')
 
 def test_sizes_are_printed_before_anything_is_written(tmp_path, capsys, monkeypatch):
     printed,create = [],Files.create

@@ -27,6 +27,12 @@ def test_checksums_by_hand(dtype, shape):
     want = [plain_checksum(a.numpy(), b.numpy(), a.numpy()) for a,b in zip(x,y)]
     assert checksums(x, dict(y=y, z=[x,'text'])).tolist() == want
 
+@pytest.mark.parametrize('dtype', [torch.float32,torch.int64,torch.uint8])
+def test_inputs_without_numbers(dtype):
+    "As those of a table without continuous columns"
+    x,none = torch.randn(3, 4),torch.empty(3, 0, dtype=dtype)
+    assert checksums(none, x).tolist() == [plain_checksum(none[0].numpy(), o.numpy()) for o in x]
+
 @given(st.data())
 def test_checksums_see_each_bit_and_each_exchange(data):
     x = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (3,4,11), dtype=np.uint8))

@@ -29,6 +29,25 @@ def test_tables(tmp_path):
     dls.train.items['a'] += 1
     refuses(lambda: student.fit(1, cbs=KnowledgeDistillationCallback(rec)), '8 of 8 items differ')
 
+@pytest.mark.parametrize('cat_names,cont_names', [('b',[]), ([],'a')])
+def test_tables_of_one_kind_of_columns(tmp_path, cat_names, cont_names):
+    "The inputs of the other kind have no numbers; each change of these is seen all the same"
+    rng = np.random.RandomState(0)
+    df = pd.DataFrame(dict(a=rng.randn(40), b=rng.choice(list('xyz'), 40), y=rng.choice(['no','yes'], 40)))
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=cat_names, cont_names=cont_names, y_names='y',
+                                     y_block=Category(), bs=8, valid_idx=range(32,40))
+    teacher,student = (tabular_learner(dls, layers=[n], config=dict(use_bn=False, bn_cont=False)) for n in (20,5))
+    rec = record_teacher(teacher, dls, tmp_path/'r', dtype=torch.float32)
+    (got,),_ = rec.files.read(range(32))
+    cats,conts = (torch.tensor(dls.train.items[c].values) for c in (dls.cat_names,dls.cont_names))
+    with torch.no_grad(): want = teacher.model.eval()(cats.long(), conts.float())
+    assert torch.allclose(got, want, atol=1e-6)
+    def fit():
+        with student.no_bar(), student.no_logging(): student.fit(2, cbs=KnowledgeDistillationCallback(rec))
+    fit()
+    dls.train.items['b' if cat_names else 'a'] = 0
+    refuses(fit, 'items differ')
+
 def padded(items):
     loaders = [SortedDL(items, bs=4, shuffle=s, before_batch=pad_input, num_workers=0) for s in (True,False)]
     return DataLoaders(*loaders, device=torch.device('cpu'))

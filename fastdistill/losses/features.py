@@ -30,7 +30,9 @@ class Attention(FeatureLoss):
         return (fm.square() if self.p==2 else fm.abs().pow(self.p)).mean(1, keepdim=True)
 
     @property
-    def reduced_to(self): return f'attention map, p={self.p:g}'
+    def reduced_to(self):
+        if type(self).attention_map is not Attention.attention_map: return None
+        return f'attention map, p={self.p:g}'
     def reduce_teacher(self, fm_teacher): return self.attention_map(fm_teacher)
 
     @full_precision

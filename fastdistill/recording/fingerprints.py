@@ -25,6 +25,7 @@ def _as_words(x, n):
     "The bytes of `n` items as rows of 64-bit numbers"
     if not x.ndim or len(x) != n: x = x.flatten().expand(n, -1)     # not one row per item: a part of each
     x = x.reshape(n, -1)
+    if not x.numel(): return x.new_zeros(x.shape, dtype=torch.int64)     # tables without continuous columns
     if not (x.stride(1) == 1 and x.is_contiguous()): x = x.clone(memory_format=torch.contiguous_format)
     b = x.view(torch.uint8)
     if b.shape[1]%8 or b.storage_offset()%8: b = nn.functional.pad(b, (0, -b.shape[1]%8)).clone()

@@ -32,6 +32,9 @@ class TeacherRecording(Teacher):
         self.folders = open_folders([self.path] if is_one else self.path)
         self.header = {**self.folders[0].header, 'n_epoch':sum(files.header['n_epoch'] for files in self.folders)}
         self.kept = self.folders[0].kept
+        self._in_no_fit()
+
+    def _in_no_fit(self):
         self.epoch,self.blends = None,[]     # of the running epoch: its batches, what blends them
         self.values,self.in_use = {},[]      # what was read of the running batch, and what its fit compares, by number
 
@@ -52,6 +55,13 @@ class TeacherRecording(Teacher):
         return False
 
     def __reduce__(self): return TeacherRecording,(self.path,)
+
+    def __copy__(self):
+        "The same folders for another fit, which may run at the same time"
+        res = object.__new__(type(self))
+        vars(res).update(vars(self))
+        res._in_no_fit()
+        return res
 
     def __repr__(self):
         h = self.header
