@@ -6,7 +6,7 @@
 __all__ = ['full_precision', 'Loss', 'loss_needs']
 
 # %% ../../nbs/losses/base.ipynb #616cd839
-import hashlib, inspect, math
+import inspect, math
 from functools import partial, wraps
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class Loss(nn.Module):
     kinds:tuple = ()                # Features it takes, by number of axes: 2 vectors, 3 sequences, 4 maps. (): any
     least_items:int = 1             # Items that a batch must have. 2: it compares them with each other
     least_positions:int = 1         # Positions that features must have. 2: it compares them with each other
-    reduced_to:str|None = None      # Name of what `reduce_teacher` returns. None: its text and options
+    reduced_to:str|None = None      # Name of what `reduce_teacher` returns. None: the text of the loss
 
     def __init_subclass__(cls, registered=True, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -78,29 +78,6 @@ def _depth(loss, name):
     "Which of its classes defines `name`, counted from the instance itself"
     places = [loss,*type(loss).__mro__]
     return next((i for i,o in enumerate(places) if name in getattr(o, '__dict__', {})), len(places))
-
-def _digest(tensors):
-    res = hashlib.sha256()
-    for k,t in tensors.items():
-        x = t.detach().cpu().contiguous().flatten()
-        res.update(f'{k} {tuple(t.shape)}'.encode() + x.view(torch.uint8).numpy().tobytes())
-    return res.hexdigest()[:8]
-
-def _with_options(loss):
-    "The text of a loss, with options and tensors that it does not show"
-    plain = type(loss).__repr__ is object.__repr__     # which shows an address in memory
-    text = type(loss).__name__ if plain else repr(loss)
-    own,known = getattr(loss, '__dict__', {}),vars(nn.Module())
-    own = {k:v for k,v in own.items() if k not in known}
-    simple = int,float,str,tuple,list
-    options = [f'{k}={v!r}' for k,v in own.items() if isinstance(v, simple)]
-    tensors = {k:v for k,v in own.items() if isinstance(v, Tensor)}
-    if isinstance(loss, nn.Module):
-        fixed = [(k,p) for k,p in loss.named_parameters() if not p.requires_grad]
-        tensors.update([*fixed, *loss.named_buffers()])
-    hidden = [o for o in options if o not in text]
-    if tensors: hidden.append(f'tensors {_digest(tensors)}')
-    return ', '.join([text, *hidden])
 
 class LossNeeds:
     "The attributes of `Loss`, and `T` and `standardize`, as `loss` has them now"
@@ -127,7 +104,7 @@ class LossNeeds:
         if not hasattr(self.loss, 'reduce_teacher'): return None
         # a subclass that reduces in another way has not inherited the name
         named = _depth(self.loss, 'reduced_to') <= _depth(self.loss, 'reduce_teacher')
-        return named and self.reduced_to or _with_options(self.loss)
+        return named and self.reduced_to or repr(self.loss)
 
     @property
     def trains(self) -> bool:
