@@ -1,6 +1,7 @@
 "Recordings of features: fits as with a teacher that runs, what is kept, and what is refused."
 from copy import deepcopy
 from functools import partial
+import math
 import numpy as np, pytest, torch
 from fastai.basics import set_seed
 from fastdistill.all import *
@@ -64,10 +65,29 @@ def test_what_is_kept_by_a_plain_loop(tmp_path):
     x = torch.stack([o[0] for o in dls.train.dataset])
     with torch.no_grad():
         f = teacher[0](x)
-        want = teacher(x),f.abs().pow(3).mean(1, keepdim=True),f.relu().mean((2,3)),f.relu().flatten(1)
+        strength = f.abs().pow(3).mean(1, keepdim=True)     # in units of a power of two near its length
+        unit = torch.tensor([2.**(math.floor(math.log2(s.square().sum().sqrt().item()))+1) for s in strength])
+        want = teacher(x),strength/unit.view(-1,1,1,1),f.relu().mean((2,3)),f.relu().flatten(1)
     for i,w in enumerate(want):
         (got,),whole = rec.files.read(range(len(x)), i)
         assert whole.all() and torch.allclose(got, w, atol=1e-6)
+
+@pytest.mark.parametrize('p,weak', [(1,1e-4),(2,1e-3),(4,0.05)])
+def test_maps_of_weak_items_in_float16(tmp_path, p, weak):
+    "A loss compares the map of each item in its own units, so an item that is 1,000 times weaker than others counts as much"
+    class Dims(nn.Module):
+        "The layer is weaker for images that are dark"
+        def __init__(self): super().__init__(); self.c,self.a,self.l = nn.Conv2d(2,5,3),nn.Identity(),nn.Linear(180,3)
+        def forward(self, x):
+            f = self.c(x)
+            return self.l(self.a(f*torch.where(x.mean((1,2,3), keepdim=True) > 0.3, 1., weak)).flatten(1))
+    dls,teacher = data(shuffle=False),Dims()
+    rec = record_teacher(teacher, dls, tmp_path/'r', loss=Attention(p), teacher_layers='a', dtype=torch.float16)
+    x = torch.stack([o[0] for o in dls.train.dataset])
+    with torch.no_grad(): teacher.eval()(x); f = teacher.c(x)     # a map does not depend on how strong its item is
+    want = nn.functional.normalize(f.abs().pow(p).mean(1).flatten(1))
+    (got,),_ = rec.files.read(range(len(x)))
+    assert torch.allclose(nn.functional.normalize(got.float().flatten(1)), want, atol=1e-3)
 
 @pytest.mark.parametrize('name', [k for k,v in registered_losses.items() if hasattr(v, 'reduce_teacher')])
 def test_reduced_is_the_same_loss(name):
