@@ -169,6 +169,30 @@ def test_two_reductions_are_two_things(tmp_path, one, other):
     KD(rec, Match(deepcopy(one), '0', '0'))     # no error
     refuses(lambda: KD(rec, both[1]), 'expected a recording of 0 (', 'but it holds: 0 (')
 
+class Returns(FeatureLoss, registered=False):
+    def __init__(self, what): super().__init__(); self.what = what
+    def reduce_teacher(self, fm_teacher): return self.what(fm_teacher)
+    def forward(self, s, t): return 0*s.sum()
+
+@pytest.mark.parametrize('what,got', [(lambda f: f.flatten(1).argmax(1),'(4,) int64'), (lambda f: f > 0,'(4, 6, 6, 6) bool'),
+                                      (torch.fft.fft2,'(4, 6, 6, 6) complex64'), (lambda f: f.mean((0,2,3)),'(6,) float32'),
+                                      (torch.mean,'() float32'), (lambda f: (f,f),'tuple of 2 items')])
+def test_only_rows_of_floating_point_numbers_are_kept(tmp_path, what, got):
+    "Others would come back as other numbers, such as complex ones without their imaginary part"
+    dls,m = images(),Match(Returns(what), '0', '0')
+    refuses(lambda: record_teacher(wide(), dls, tmp_path/'r', 1, m), 'a row for each item', '(4, ...)', f'but got {got}')
+    assert not list(tmp_path.iterdir())
+
+def test_layer_without_rows_for_items(tmp_path):
+    "A layer that mixes the items of a batch returns as many rows at first, but not for a batch that is shorter"
+    class Mixes(nn.Module):
+        def __init__(self): super().__init__(); self.c,self.m = wide(),nn.Identity()
+        def forward(self, x):
+            self.m(x.flatten(1)[:,:8].T)
+            return self.c(x)
+    refuses(lambda: record_teacher(Mixes(), images(bs=8, drop_last=False), tmp_path/'r', 1, Match(lambda s,t: s.sum(), 'm', 'm')),
+            'a row for each item', '(4, ...)', 'but got (8, 4) float32')
+
 def test_sizes_are_printed_before_anything_is_written(tmp_path, capsys, monkeypatch):
     printed,create = [],Files.create
     monkeypatch.setattr(Files, 'create', lambda *args: printed.append(capsys.readouterr().out) or create(*args))

@@ -6,6 +6,7 @@
 __all__ = ['Kept', 'describe_kept', 'kept_for', 'KeptHooks', 'find_kept', 'RecordedFeatures']
 
 # %% ../../nbs/recording/kept.ipynb #3118f169
+from ..data import describe_value
 from ..layers import FeatureHooks
 from ..losses.base import in_full_precision, loss_needs
 from torch import Tensor
@@ -32,6 +33,15 @@ class Kept:
         if not kinds or output.ndim in kinds: return in_full_precision(self.loss.reduce_teacher, output)
         raise ValueError(f'{self.loss} cannot use layer {self.layer!r}: expected an output with '
                          f'{" or ".join(map(str, kinds))} axes, but got shape {tuple(output.shape)}')
+
+    def check(self,
+        value, # What `of` has returned
+        n:int, # Number of items in the batch
+    ):
+        "`ValueError` for what cannot be kept item by item, in float16 or float32"
+        if isinstance(value, Tensor) and value.is_floating_point() and len(value.shape) and len(value) == n: return
+        raise ValueError(f'A recording keeps floating-point numbers, a row for each item: expected {self} to be a '
+                         f'tensor of shape ({n}, ...), but got {describe_value(value)}')
 
     def __repr__(self):
         return f'{self.layer or "predictions"}{f" ({self.reduced_to})" if self.reduced_to else ""}'

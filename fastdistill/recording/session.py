@@ -49,7 +49,9 @@ class RecordingSession:
         xb = self.blends.inputs(self.dls, next(iter(epoch)), epoch)
         self.teacher.start(leaves(xb)[0].device, self.resets)
         answers = self.answers_to(*xb)
-        for a in answers: check_finite(a)
+        for k,a in zip(self.kept, answers):
+            k.check(a, len(leaves(xb)[0]))
+            check_finite(a)
         return xb,answers
 
 def _same(answers, others):
@@ -167,7 +169,9 @@ def fill(self:RecordingSession,
 @patch
 def _write(self:RecordingSession, files, rows, xb, spreads):
     inputs,answers = checksums(*xb),self.answers_to(*xb)
-    for f,a in zip(files.formats, answers): f.check(a, len(rows))
+    for k,f,a in zip(self.kept, files.formats, answers):
+        k.check(a, len(rows))
+        f.check(a, len(rows))
     files.write(rows, inputs, [f.encode(a, s) for f,a,s in zip(files.formats, answers, spreads)])
 
 def _bar(gen, total):
