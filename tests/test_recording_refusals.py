@@ -74,6 +74,9 @@ def test_what_cannot_be_recorded(tmp_path):
     def record(dls=dls, teacher=None, **kwargs): return record_teacher(teacher or net(), dls, path, **kwargs)
     refuses(lambda: record(dtype=torch.bfloat16), 'float16 or torch.float32, but got torch.bfloat16')
     refuses(lambda: record(n_epoch=0), 'at least one epoch')
+    for k in 'n_epoch','first_epoch','seed':
+        for v in 1.5,'2',None: refuses(lambda: record(**{k:v}), f'Expected {k} to be a whole number, but got {v!r}', error=TypeError)
+    refuses(lambda: record(topk=1.5), 'whole number above 0')
     refuses(lambda: record(topk=3), 'below the number of classes, 3, but got 3')
     refuses(lambda: record(topk=1, axis=2), "axis to be that of the classes, but got 2 for answers of shape ('B', 3)")
     plain = DataLoaders(*[torch.utils.data.DataLoader(torch.zeros(4,2)) for _ in range(2)])

@@ -28,9 +28,9 @@ class AnswerFormat:
         if not self.axis or not -len(sizes) < self.axis < len(sizes):
             raise ValueError(f'Expected axis to be that of the classes, but got {self.axis} '
                              f'for answers of shape {tuple(sizes)}')
-        if not 0 < self.topk < sizes[self.axis]:
-            raise ValueError(f'Expected topk to be above 0 and below the number of classes, {sizes[self.axis]}, '
-                             f'but got {self.topk}')
+        if type(self.topk) is not int or not 0 < self.topk < sizes[self.axis]:
+            raise ValueError('Expected topk to be a whole number above 0 and below the number of classes, '
+                             f'{sizes[self.axis]}, but got {self.topk}')
 
     @classmethod
     def of(cls, header): return cls(header['shape'], getattr(torch, header['dtype']), header['topk'], header['axis'])

@@ -42,7 +42,7 @@ def record_teacher(
     "Record what losses need of a teacher, or complete a recording; `FileExistsError` if `path` has another one"
     with together() as processes, ExitStack() as undo:
         with processes.ending_together():
-            _check_arguments(dls.train, n_epoch, first_epoch, dtype)
+            _check_arguments(dls.train, n_epoch, first_epoch, seed, dtype)
             resets = isinstance(teacher, Learner) and any(isinstance(cb, ModelResetter) for cb in teacher.cbs)
             if resets: _check_alone(processes)
             teacher = as_teacher(teacher)
@@ -76,9 +76,11 @@ def _check_alone(processes):
     raise ValueError('A recurrent teacher is asked about the batches of an epoch in their order, '
                      f'so {processes.world} processes cannot share them. Record it in one, with plain `python`.')
 
-def _check_arguments(dl, n_epoch, first_epoch, dtype):
+def _check_arguments(dl, n_epoch, first_epoch, seed, dtype):
     if dtype not in (None,torch.float16,torch.float32):
         raise ValueError(f'Expected dtype to be torch.float16 or torch.float32, but got {dtype!r}')
+    for name,v in dict(n_epoch=n_epoch, first_epoch=first_epoch, seed=seed).items():
+        if not isinstance(v, int): raise TypeError(f'Expected {name} to be a whole number, but got {v!r}')
     if n_epoch < 1: raise ValueError(f'Expected at least one epoch, but got n_epoch={n_epoch}')
     if first_epoch < 0: raise ValueError(f'Epochs are counted from 0, but got first_epoch={first_epoch}')
     check_loader(dl)
