@@ -1,6 +1,7 @@
 """What a training batch costs with a teacher beside it, as a ratio to the floor: student step alone + teacher forward alone.
 
     python benchmarks/step_cost.py                                     # ResNet34 -> ResNet18, 64 px, batch 64, on the CPU
+    python benchmarks/step_cost.py --only recorded                     # with a recorded teacher alone
     python benchmarks/step_cost.py --peers                             # with fasterai's callback beside (pip install fasterai)
     python benchmarks/step_cost.py --small                             # a student of 1,702 parameters, one thread, beside a loop written by hand
     python benchmarks/step_cost.py --device cuda --precision bf16 --teacher resnet50 --size 224
@@ -23,6 +24,7 @@ from fastdistill.all import Attention, KnowledgeDistillationCallback, Match, Sof
 from timing import machine, peak_mb, time_rounds
 
 layers = [f'layer{i}' for i in range(1,5)]
+alone = 'student alone','teacher forward alone'     # the floor
 
 def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,6 +37,7 @@ def parse():
     p.add_argument('--precision', default='fp32', choices=['fp32','fp16','bf16'], help='fp16 and bf16: mixed, on a GPU')
     p.add_argument('--rounds', type=int, default=20)
     p.add_argument('--peers', action='store_true', help='time fasterai too')
+    p.add_argument('--only', default='', help='rows whose names contain this, beside student and teacher alone')
     p.add_argument('--small', action='store_true', help='networks of the digits, batch 50, one thread')
     p.add_argument('--memory_of', help=argparse.SUPPRESS)
     p.add_argument('--recording', help=argparse.SUPPRESS)
@@ -103,7 +106,8 @@ def steps(args, batch, only=None):
     "Row -> function that does one step of it"
     new = {name:lambda cb=cb: training_step(args, cb(), batch) for name,cb in callbacks(args).items()}
     new['teacher forward alone'] = lambda: forward_step(args, batch)
-    return {name:f() for name,f in new.items() if only in (None,name)}
+    def asked(name): return name == only if only else args.only in name or name in alone
+    return {name:f() for name,f in new.items() if asked(name)}
 
 def peak_memory(args):
     "Megabytes that row `args.memory_of` adds at its peak, in this process"
@@ -156,14 +160,14 @@ def main():
 def compare(args, batch):
     "Time all rows, then look at the memory of each"
     times = time_rounds(steps(args, batch), args.rounds, args.device)
-    floor = times['student alone'] + times['teacher forward alone']
+    floor = sum(times[name] for name in alone)
     ratio = times.div(floor, axis=0)
     table = pd.DataFrame({'ms': 1e3*times.median(), 'ratio to floor': ratio.median(), 'min': ratio.min(), 'max': ratio.max()})
     table['ratio to student alone'] = times.div(times['student alone'], axis=0).median()
     for name in times:
         out = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--recording', args.recording, '--memory_of', name], capture_output=True, text=True, check=True)
         table.loc[name,'peak MB'] = float(out.stdout.split('MB ')[-1])
-    table['ratio to peak of alone + alone'] = table['peak MB'] / table['peak MB'][['student alone','teacher forward alone']].sum()
+    table['ratio to peak of alone + alone'] = table['peak MB'] / table['peak MB'][list(alone)].sum()
     print(f'{args.teacher} -> {args.student}, {args.size} px, batch {args.batch}, {args.precision}, {machine(args.device)}; '
           f'medians of {args.rounds} rounds, min and max of the ratio over rounds')
     print(table.to_string(float_format='{:.3f}'.format))
