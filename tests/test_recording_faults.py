@@ -39,15 +39,15 @@ def test_zeros_do_not_count_as_written(tmp_path_factory, layout):
 
 def test_two_writers_of_different_rows(tmp_path):
     "As of two processes, batch by batch in turns"
-    header = dict(n_epoch=1, rows=40, whole=False, **AnswerFormat((3,), torch.float32).header)
+    header = dict(n_epoch=1, rows=40, whole=False, answers=[{**Kept().header, **AnswerFormat((3,), torch.float32).header}])
     one = Files.create(tmp_path/'r', header)
     logits,writers = torch.randn(40, 3),[one,Files(one.path, write=True)]
     for i,rows in enumerate(np.split(np.arange(40), 8)):
         files = writers[i%2]
-        files.write(rows, torch.ones(5).int(), files.format.encode(logits[rows]))
+        files.write(rows, torch.ones(5).int(), [files.formats[0].encode(logits[rows])])
         assert all(o.done(rows) for o in writers)
     one.finish()
-    assert np.array_equal(np.load(tmp_path/'r'/'rows.npy')['logits'], logits.numpy())
+    assert np.array_equal(np.load(tmp_path/'r'/'predictions.npy')['logits'], logits.numpy())
 
 def test_bytes_of_an_item():
     "TinyViT needs 4 + 4K"
