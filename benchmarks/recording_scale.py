@@ -123,6 +123,7 @@ def show(table):
               f'largest to smallest {table[c].max()/table[c].min():.3f}')
 
 def main(rounds):
+    torch.set_num_threads(1)     # as in the processes that are measured
     table,one = measure(rounds),recording_nbytes(header(1))
     print(f'{classes} classes, topk={topk}, batches of {batch}, {machine("cpu")}; medians of {rounds} rounds, in '
           'microseconds of the CPU a batch: with checksums, and making arrays of logits or logits of arrays')
