@@ -3,7 +3,7 @@ from copy import deepcopy
 from functools import partial
 import math
 import numpy as np, pytest, torch
-from fastai.basics import set_seed
+from fastai.basics import Callback, set_seed
 from fastdistill.all import *
 from fastdistill.losses.base import FeatureLoss, registered_losses
 from fastdistill.recording.files import Files
@@ -134,6 +134,7 @@ def test_refusals(tmp_path):
     refuses(lambda: record_teacher(teacher, dls, tmp_path/'n', loss=Attention, teacher_layers='5'), 'with 4 axes', 'shape (4, 3)')
     refuses(lambda: record_teacher([teacher,teacher], dls, tmp_path/'n', loss=Attention, teacher_layers='0'), 'expected one teacher')
     refuses(lambda: record_teacher(teacher, dls, tmp_path/'n', loss=Attention, teacher_layers='0', topk=2), 'topk only where predictions')
+    with pytest.raises(TypeError, match='blend inputs'): record_teacher(teacher, dls, tmp_path/'n', loss=Attention, teacher_layers='0', cbs=[Callback()])
     assert [f.name for f in tmp_path.iterdir()] == ['r']
     assert not any(m._forward_hooks for m in teacher.modules())
 

@@ -114,13 +114,11 @@ def __call__(self:TeacherRecording,
     *xb, # All inputs of a batch
 ) -> Tensor: # The recorded logits, in float32, on the device of the inputs; `None` if all terms compare features
     "Read what the teacher answered; `ValueError` where the file is damaged"
-    device = leaves(xb)[0].device
-    self.values = {i:self._read(i, device) for i in sorted({*self.in_use})}
+    files,rows,device = self.files,self._rows,leaves(xb)[0].device
+    self.values = {i:_read(files, rows, i, device) for i in sorted({*self.in_use})}
     return next((v for i,v in self.values.items() if self.kept[i].layer is None), None)
 
-@patch
-def _read(self:TeacherRecording, i, device):
-    files = self.files
-    arrays,whole = files.read(self._rows, i)
+def _read(files, rows, i, device):
+    arrays,whole = files.read(rows, i)
     if whole.all(): return files.formats[i].decode(arrays, device)
     raise ValueError(f'{files.path} is damaged: {(~whole).sum()} of {len(whole)} answers are not what was written')

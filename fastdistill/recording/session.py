@@ -34,11 +34,11 @@ class RecordingSession:
         processes:Processes=None, # Those that record together
     ):
         self.teacher,self.dls,self.seed,self.resets,self.kept = teacher,dls,seed,resets,list(kept)
-        self.answers_to = KeptHooks(teacher, self.kept)
         self.blends,self.processes = Blends(cbs),processes or Processes()
         # how far answers may be from recorded ones; asked now, before a teacher with `fast=True` chooses its precision
         all_teachers = getattr(teacher, 'teachers', [teacher])
         self.tolerance = max([0.005, *(2*t.tolerance for t in all_teachers if getattr(t, 'fast', False))])
+        self.answers_to = KeptHooks(teacher, self.kept)     # last: after an error nobody would take off the hooks
 
     def ask(self,
         dl, # Where the batch comes from
