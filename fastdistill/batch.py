@@ -24,9 +24,11 @@ class Batch:
         hooks:list, # For each term a pair of `FeatureHooks`, the student's and the teacher's
         answers:list, # For each teacher its logits; `None` if its terms compare features and its pass ended early
         compared:list, # For each term a list of tensors: what the teacher computed
+        items:Tensor=None, # Numbers of the items in the training set, (B,), where a loss needs them
     ):
         self.learn,self.objective,self.teachers,self.trained = learn,objective,teachers,trained
-        self.hooks,self.answers,self.compared,self.sent,self.parts = hooks,answers,compared,None,{}
+        self.hooks,self.answers,self.compared,self.items = hooks,answers,compared,items
+        self.sent,self.parts = None,{}
 
     @property
     def xb(self) -> tuple: return self.learn.xb
@@ -59,16 +61,18 @@ class Batch:
         return labels_for_losses(self.learn) if any(m.needs.needs_targ for m in self.objective.terms) else []
 
     def _each_term(self):
-        losses = self.trained.for_batch(self.objective.terms, self.features, self.learn.model)
-        return zip(self.objective.terms, self.features, losses, self.reduced)
+        n = None if self.items is None else len(self.learn.dl.dataset)
+        losses = self.trained.for_batch(self.objective.terms, self.features, self.learn.model, n)
+        for m,f,l,reduced in zip(self.objective.terms, self.features, losses, self.reduced):
+            yield m,(*f,*self.labels),dict(items=self.items, losses=l, reduced=reduced)
 
     def terms(self) -> list: # Scalars
         "The terms of the distillation loss, each with its weight among the others"
-        return [m(*f, *self.labels, losses=l, reduced=r) for m,f,l,r in self._each_term()]
+        return [m(*args, **kwargs) for m,args,kwargs in self._each_term()]
 
     def compare(self) -> list: # For each term a list of scalars, one for each pair of layers
         "The loss of each pair, not weighted"
-        return [m.compare(*f, *self.labels, losses=l, reduced=r) for m,f,l,r in self._each_term()]
+        return [m.compare(*args, **kwargs) for m,args,kwargs in self._each_term()]
 
     def send(self,
         task_loss:Tensor, # Scalar

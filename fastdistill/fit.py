@@ -19,6 +19,7 @@ from fastcore.xtras import modify_exception
 from torch import Tensor
 from .batch import Batch
 from .concerns import check_finite, concerns
+from .data import get_logits
 from .epoch import Epoch, check_teacher
 from .labels import check_labels
 from .layers import unwrap_model
@@ -147,7 +148,8 @@ def ask_teacher(self:Fit):
                          'so the teacher would see other inputs. Replace the in-place operation, for example '
                          '`x.sub_(mean)` by `x = x - mean`.')
     answers,compared = self.teachers.ask(self.learn.xb, epoch.teacher_hooks)
-    self.batch = Batch(self.learn, self.objective, self.teachers, self.kd.trained, epoch.hooks, answers, compared)
+    items = epoch.items and epoch.items(self.learn.iter, get_logits(self.learn.pred))
+    self.batch = Batch(self.learn, self.objective, self.teachers, self.kd.trained, epoch.hooks, answers, compared, items)
 
 # %% ../nbs/fit.ipynb #705ab7ad
 @patch
