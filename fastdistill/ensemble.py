@@ -65,7 +65,8 @@ def _member(self:Ensemble, name):
     "The number of the network that has the layer, and the name of the layer in it"
     found = re.fullmatch(r'models\.(\d+)\.(.+)', str(name))
     if found and int(found[1]) < len(self.teachers): return int(found[1]),found[2]
-    near = [n for n in get_model_layers(self.model) if n.endswith(f'.{name}')] or ['models.0.layer1']
+    names = [n for n in get_model_layers(self.model) if n.count('.') > 1]
+    near = [n for n in names if n.split('.', 2)[2] == name] or names
     raise KeyError(f'teacher {self} has no layer {name!r}. Names of layers start with the number of the network: '
                    f'{", ".join(map(repr, near[:5]))}')
 
