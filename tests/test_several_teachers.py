@@ -1,18 +1,17 @@
 "A teacher for each term: each is asked once a batch in its own way, a step is the one by hand, all are left as found."
-import pickle, warnings
+import pickle
 from copy import copy, deepcopy
-from types import SimpleNamespace
-import pandas as pd, pytest, torch
+import pytest, torch
 import torch.nn.functional as F
 from fastai.basics import Callback, load_learner, set_seed
 from fastai.callback.mixup import MixUp
 from torch import nn
-from conftest import data, learner, loaders, mlp, n_hooks, net, same_state, state
+from conftest import data, learner, loaders, n_hooks, net, same_state, state
 from fastdistill.all import *
 from fastdistill.in_use import networks_in_use
 from fastdistill.losses.projected import Projected
 from fastdistill.objective import Objective
-from recording_helpers import refuses
+from recording_helpers import cnn, images, refuses, SameBatches
 from test_measure import Permuted
 from test_callback import close, exportable, Gradients, one_batch
 
@@ -383,3 +382,88 @@ def test_saved_projectors_come_back(teacher, tmp_path):
     learn.fit(1, lr=0., cbs=again)
     weights = [p.shape[0] for p in kd.trained.losses.parameters() if p.ndim == 4]
     assert weights == [8,6] and len(kd.trained.params) == len(again.trained.params)
+
+# --- recordings ---
+
+exact = dict(dtype=torch.float32)
+
+@pytest.mark.parametrize('mix', [None,MixUp])
+@pytest.mark.parametrize('n_epoch', [1,2])
+def test_two_recordings_and_a_network_as_networks(tmp_path, mix, n_epoch):
+    "Bit for bit: crops that are drawn anew in each epoch, blended or not"
+    a,b,c,dls,ends = cnn(),cnn(),cnn(),images(),[]
+    def terms(b): return [SoftTarget, Match(FitNet, '0', '0', teacher=b), Match(Logits, teacher=b), Match(Logits, teacher=c)]
+    def cbs(): return [mix()] if mix else []
+    ra = record_teacher(a, dls, tmp_path/'a', n_epoch, cbs=cbs(), **exact)
+    rb = record_teacher(Teacher(b), dls, tmp_path/'b', n_epoch, loss=[Logits, Match(FitNet, '0', '0')], cbs=cbs(), **exact)
+    for own,other,more in (ra,rb,[]),(a,rb,[]),(ra,b,[]),(a,b,[SameBatches(ra)]):
+        set_seed(5)
+        part,learn = Part(lambda batch: torch.stack(batch.terms()).detach()),learner(cnn(dropout=.5), dls)
+        learn.fit(3, cbs=[KD(own, terms(other)), part, *cbs(), *more])
+        ends.append((state(learn.model), torch.stack(part.seen)))
+    for weights,seen in ends[1:]:
+        torch.testing.assert_close(seen, ends[0][1], rtol=1e-6, atol=1e-7)
+        for k,v in weights.items(): torch.testing.assert_close(v, ends[0][0][k], rtol=1e-5, atol=1e-6)
+
+def test_recordings_of_items_in_any_order(tmp_path, teacher):
+    dls,b = data(),net(6)
+    ra,rb = record_teacher(teacher, dls, tmp_path/'a'),record_teacher(b, dls, tmp_path/'b', seed=3)
+    learner(dls=dls).fit(2, cbs=KD(ra, [SoftTarget, Match(Logits, teacher=rb)]))
+    learner(dls=dls).fit(1, cbs=KD(ra, [SoftTarget, Match(Logits, teacher=ra), Match(Logits, teacher=TeacherRecording(tmp_path/'a'))]))
+
+def test_recordings_that_do_not_go_together(tmp_path):
+    a,b,dls = cnn(),cnn(),images()
+    ra = record_teacher(a, dls, tmp_path/'a', 2)
+    others = dict(seed=record_teacher(b, dls, tmp_path/'s', 2, seed=1), epochs=record_teacher(b, dls, tmp_path/'e', 3),
+                  blend=record_teacher(b, dls, tmp_path/'m', 2, cbs=MixUp()))
+    learn = learner(cnn(), dls)
+    learn.fit(2, cbs=KD(ra, [SoftTarget, Match(Logits, teacher=others['epochs'])]))     # the first two epochs are the same
+    before = state(learn.model)
+    def fit(n, other, cbs=()): return lambda: learn.fit(n, cbs=[KD(ra, [SoftTarget, Match(Logits, teacher=others[other])]), *cbs])
+    refuses(fit(2, 'seed'), 'recordings of the same batches', 'seed 0 and 1', 'same seed')
+    refuses(fit(3, 'epochs'), 'epochs [0, 1, 0] and [0, 1, 2]', 'as many epochs')
+    refuses(fit(2, 'blend'), 'was made with MixUp')
+    refuses(fit(2, 'blend', [MixUp()]), 'no answers to blends')
+    other = learner(cnn(), images(bs=5))
+    refuses(lambda: other.fit(1, cbs=KD(ra, [SoftTarget, Match(Logits, teacher=others['seed'])])), 'batch size: 4')
+    assert same_state(learn.model, before) and n_hooks(learn.model) == 0
+
+def test_a_fit_with_a_recording_keeps_its_teachers(tmp_path):
+    a,b,dls = cnn(),cnn(),images()
+    rb = record_teacher(b, dls, tmp_path/'b', 2)
+    def swap(self): self.knowledge_distillation.teacher = cnn()
+    learn = learner(cnn(), dls)
+    refuses(lambda: learn.fit(1, cbs=[KD(a, [SoftTarget, Match(Logits, teacher=rb)]), Callback(after_pred=swap)]), 'between two fits')
+    assert n_hooks(learn.model, a) == 0 and a.training and rb.epoch is None
+
+def test_two_fits_share_a_recording(tmp_path, teacher):
+    "One inside the other"
+    dls = data()
+    rec = record_teacher(teacher, dls, tmp_path/'r')
+    m = Match(Logits, teacher=rec)
+    def again(self):
+        if self.training and self.iter == 1: learner(dls=data()).fit(1, cbs=KD(None, m))
+    learner(dls=dls).fit(1, cbs=[KD(None, m), Callback(before_backward=again)])
+
+def test_what_is_recorded_of_several(tmp_path, teacher):
+    "The terms that ask the teacher that is recorded"
+    dls,b = data(),net(6)
+    terms = [SoftTarget, Match(FitNet, '0', '0', teacher=b), Match(PKT, '1', '1')]
+    def kept(teacher, name, terms=terms): return {k.layer for k in record_teacher(teacher, dls, tmp_path/name, loss=terms).kept}
+    assert kept(teacher, 'a') == {None,'1'} and kept(b, 'b') == {'0'} and kept(net(5), 'c') == {None,'1'}
+    own = Teacher(b, input_tfm=lambda x: -x)
+    assert kept(own, 'd', [SoftTarget, Match(FitNet, '0', '0', teacher=own)]) == {'0'}
+    refuses(lambda: kept(teacher, 'e', Match(SoftTarget, teacher=b)), 'Expected a loss that asks Sequential')
+    assert not (tmp_path/'e').exists()
+
+def test_features_of_members_are_recorded(tmp_path, teacher):
+    dls,b = data(),net(6)
+    terms = [SoftTarget, Match(FitNet, ['0','0'], ['models.0.0','models.1.0'])]
+    rec = record_teacher([teacher, Teacher(b, input_tfm=lambda x: -x)], dls, tmp_path/'r', loss=terms, **exact)
+    ends = []
+    for t in (rec,[teacher, Teacher(b, input_tfm=lambda x: -x)]):
+        set_seed(2)
+        kd = KD(t, terms)
+        learner(dls=data(shuffle=False)).fit(1, cbs=kd)
+        ends.append(kd.losses['kd_loss'])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
