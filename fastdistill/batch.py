@@ -26,6 +26,7 @@ class Batch:
     ):
         self.learn,self.objective,self.teacher,self.trained = learn,objective,teacher,trained
         self.hooks,self.answer,self.sent,self.parts = hooks,answer,None,{}
+        self.stepped = True     # unless its step is cancelled
 
     @property
     def xb(self) -> tuple: return self.learn.xb

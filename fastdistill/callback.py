@@ -31,6 +31,10 @@ def _of_this_callback(teacher):
     "A recording knows at which batch a fit is, so each callback has its own; several fits may share a network"
     return teacher if teacher is None or teacher.live else copy(teacher)
 
+def _of_a_copy(teacher):
+    "A copy of a callback has its own average of a student, and goes on from there"
+    return copy(teacher) if teacher is not None and teacher.steps is not None else _of_this_callback(teacher)
+
 # %% ../nbs/callback.ipynb #f8040a6c
 class KnowledgeDistillationCallback(SharedCallback):
     "Train the student on `task_weight * task_loss + weight * kd_loss`, where `kd_loss` compares it with a teacher"
@@ -39,7 +43,7 @@ class KnowledgeDistillationCallback(SharedCallback):
     _fit = _teacher = history = None
     trained = Trained()
     def __init__(self,
-        teacher, # `nn.Module`, `Learner`, `Teacher`, `TeacherRecording`, or a list of models, an ensemble
+        teacher, # `nn.Module`, `Learner`, `Teacher`, `TeacherRecording`, `EMATeacher`, or a list of models, an ensemble
         loss=SoftTarget, # A loss (class, `partial`, instance, function), a `Match`, a list of these, or an `Objective`
         student_layers:str|list=None, # For a loss on features: names of the student's layers
         teacher_layers:str|list=None, # For a loss on features: names of the teacher's layers, in the same order
@@ -75,7 +79,8 @@ class KnowledgeDistillationCallback(SharedCallback):
     def after_pred(self): self._fit.ask_teacher()
     def after_loss(self): self._fit.set_loss()
     def before_step(self): self._fit.before_step()
-    def after_cancel_step(self): self._fit.join_optimizer()   # gradients of a skipped step are dropped all the same
+    def after_cancel_step(self): self._fit.cancel_step()
+    def after_step(self): self._fit.after_step()
     def after_cancel_batch(self): self.trained.drop_gradients_with(self.model)
     def after_batch(self): self._fit.end_batch()
     def after_train(self): self._fit.end_epoch()
@@ -130,7 +135,7 @@ def batch(self:KnowledgeDistillationCallback): # `Batch`, or `None` between two 
 @patch
 def __deepcopy__(self:KnowledgeDistillationCallback, memo):
     res = super(KnowledgeDistillationCallback, self).__deepcopy__(memo)
-    res.__dict__.update(_teacher=_of_this_callback(self._teacher), trained=self.trained.for_copy())
+    res.__dict__.update(_teacher=_of_a_copy(self._teacher), trained=self.trained.for_copy())
     return res
 
 # %% ../nbs/callback.ipynb #05e9d38e
@@ -138,15 +143,20 @@ def __deepcopy__(self:KnowledgeDistillationCallback, memo):
 def save(self:KnowledgeDistillationCallback,
     file, # Path to write to; with several processes only the first one writes, with its own batch norm statistics
 ):
-    "Save what the losses have learned, and the optimizer's state of it; raises `ValueError` if that is nothing"
-    self.trained.save(file)
+    "Save what losses and an `EMATeacher` have learned; raises `ValueError` if that is nothing"
+    self.trained.save(file, self.teacher and self.teacher.state_dict())
+
 
 @patch
 def load(self:KnowledgeDistillationCallback,
     file, # Path that `save` has written; with several processes all load it, and wait for the first
 ):
     "Go on with what was saved, from the first batch of the next fit; raises `ValueError` for another file"
-    self.trained = Trained.load(file)
+    trained = Trained.load(file)
+    if average := trained.saved.pop('teacher', None):
+        if self.teacher is None: raise ValueError('Expected a teacher that takes what was saved. Set it: `callback.teacher = ...`.')
+        self.teacher.load_state_dict(average)
+    self.trained = trained
 
 # %% ../nbs/callback.ipynb #39998d46
 @patch

@@ -86,7 +86,8 @@ def guessing(
     batch, # A `Batch`
 ) -> list: # Texts
     "Does the teacher name the labels no better than chance? Blended labels are not judged"
-    if batch.answer is None or any(isinstance(cb, MixHandler) for cb in batch.learn.cbs): return []
+    if batch.answer is None or batch.teacher.steps is not None: return []     # it began as the student
+    if any(isinstance(cb, MixHandler) for cb in batch.learn.cbs): return []
     if (found := one_class_each(batch.answer, batch.yb[0], task_ignores(batch.learn))) is None: return []
     answer,y = found
     k,n = (answer.argmax(1) == y).sum().item(),len(y)
@@ -99,7 +100,7 @@ def flat_targets(
     batch, # A `Batch`
 ) -> list: # Texts
     "Does a temperature flatten the teacher's targets?"
-    if batch.answer is None: return []
+    if batch.answer is None or batch.teacher.steps is not None: return []     # it began as the student
     found = [(m.needs.T, _flatness(batch.answer, m.needs)) for m in batch.objective.terms if _softens(m.needs)]
     return [f'At T={T} the teacher\'s targets are flat, with {100*h:.2f} % of the entropy of equal probabilities: '
             'a lower temperature shows more' for T,h in found if h > 0.9995]

@@ -23,6 +23,9 @@ class Ensemble(Teacher):
         if not all(t.live for t in self.teachers):
             raise ValueError('Expected networks, but got a recording. What an ensemble answers can be recorded as a '
                              'whole: `record_teacher` takes a list.')
+        if any(t.steps is not None for t in self.teachers):
+            raise ValueError('Expected networks that stay as they are, but got one that follows the student: '
+                             'it can only be a teacher alone')
         self.weights = _shares(weights, len(self.teachers))
         self.model = nn.ModuleList(t.model for t in self.teachers)
 

@@ -226,6 +226,19 @@ def end_batch(self:Fit):
     self.epoch.clear_hooks()
     self.kd.trained.leave()
 
+# %% ../nbs/fit.ipynb #38b6818d
+@patch
+def cancel_step(self:Fit):
+    "Gradients of a skipped step are dropped all the same, and the teacher does not follow"
+    self.join_optimizer()
+    self.batch.stepped = False
+
+@patch
+@says_where
+def after_step(self:Fit):
+    "Tell the teacher of a step that was taken"
+    if self.batch.stepped: self.kd.teacher.after_step(self.learn)
+
 # %% ../nbs/fit.ipynb #25d1a9e3
 @patch
 @contextmanager

@@ -25,6 +25,7 @@ class Teacher:
     "A frozen model that answers batches between `start` and `stop`, and is then left as it was found"
     live = True     # a network, which answers any batch; a recording answers those that it knows
     data = {}       # what is known of the data that it was trained on, see `describe_data`
+    steps = None    # how many steps of the student it has followed; `None`: it stays as it is
     input_tfm,dtype,channels_last,fast,resets = None,None,False,False,False
     def __init__(self,
         model, # `nn.Module`, or a `Learner`, of which only the model is kept
@@ -202,3 +203,21 @@ def check(self:Teacher,
     *xb, # All inputs of a batch
 ):
     "Raise an error if the batch cannot be answered: a network answers all"
+
+# %% ../nbs/teacher.ipynb #36adafbf
+@patch
+def after_step(self:Teacher,
+    learn, # The learner whose optimizer has just taken a step
+):
+    "Follow the student's step: a teacher that stays as it is does nothing"
+
+@patch
+def state_dict(self:Teacher) -> dict: # `None` if there is nothing
+    "What the callback saves of its teacher"
+
+@patch
+def load_state_dict(self:Teacher,
+    state:dict, # Of a teacher that follows the student
+):
+    "Go on with what was saved; raises `ValueError` for a teacher that stays as it is"
+    raise ValueError(f'Expected an `EMATeacher`, as an average of weights was saved, but the teacher is {self}')
