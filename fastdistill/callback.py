@@ -154,7 +154,8 @@ def load(self:KnowledgeDistillationCallback,
     "Go on with what was saved, from the first batch of the next fit; raises `ValueError` for another file"
     trained = Trained.load(file)
     if average := trained.saved.pop('teacher', None):
-        if self.teacher is None: raise ValueError('Expected a teacher that takes what was saved. Set it: `callback.teacher = ...`.')
+        if self.teacher is None:
+            raise ValueError('Expected a teacher that takes what was saved. Set it: `callback.teacher = ...`.')
         self.teacher.load_state_dict(average)
     self.trained = trained
 

@@ -17,8 +17,8 @@ from fastcore.basics import listify, patch
 from fastcore.xtras import modify_exception
 from .data import describe_data, describe_value, get_logits
 from .in_use import device_of, end_use, lay_out, reset_state, start_use
-from .layers import FeatureHooks, get_layer
-from torch import nn, Tensor
+from .layers import FeatureHooks, find_layers
+from torch import fx, nn, Tensor
 
 # %% ../nbs/teacher.ipynb #4117a9f9
 class Teacher:
@@ -53,6 +53,8 @@ class Teacher:
         except Exception as e:
             msg = (f'The teacher {self} cannot answer a batch of inputs {", ".join(map(describe_value, xb))}: {e}. '
                    'One that expects other inputs than the student takes them through `Teacher(model, input_tfm=...)`.')
+            if isinstance(self.model, fx.GraphModule):
+                msg += ' `torch.export` fixes the batch size unless it gets `dynamic_shapes`.'
             raise modify_exception(e, msg, replace=True)
         out = get_logits(out)
         return out.clone() if out.is_inference() else out     # the student's backward cannot save an inference tensor
@@ -80,6 +82,9 @@ def _inputs(self:Teacher, xb):
     if self.input_tfm is not None: xb = tuple(listify(self.input_tfm(*xb)))
     if self.channels_last: xb = tensors(lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
     if self.dtype == torch.float32: xb = tensors(lambda x: x.float() if x.is_floating_point() else x)
+    own = getattr(one_param(self.model), 'dtype', None)
+    if own in (torch.float16,torch.bfloat16,torch.float64):     # a network of these has no other choice
+        xb = tensors(lambda x: x.to(own) if x.is_floating_point() else x)
     return xb
 
 # %% ../nbs/teacher.ipynb #d4fb6008
@@ -181,7 +186,7 @@ def check_term(self:Teacher,
     m, # A `Match`
 ):
     "Raise `KeyError` unless the network has the layers of a term"
-    for n in m.teacher_layers: get_layer(self.model, n, 'teacher')
+    find_layers(self.model, m.teacher_layers, 'teacher')
 
 @patch
 def hooks(self:Teacher,
