@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMATeacher']
 
-# %% ../nbs/ema.ipynb #507b9a57
+# %% ../nbs/ema.ipynb #fe2b9d5b
 import warnings, weakref
 from copy import deepcopy
 from functools import partial
@@ -20,7 +20,7 @@ from .teacher import Teacher
 from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-# %% ../nbs/ema.ipynb #5a3eae8c
+# %% ../nbs/ema.ipynb #9041245a
 def _average(decay, averages, tensors, n):
     "Whole numbers and Booleans have no average"
     floating = averages[0].is_floating_point() or averages[0].is_complex()
@@ -38,7 +38,7 @@ def _copy(student, learn):
 
 def _shapes(model): return [t.shape for t in chain(model.parameters(), model.buffers())]
 
-# %% ../nbs/ema.ipynb #95932b1f
+# %% ../nbs/ema.ipynb #6968d66c
 class StudentAverage(AveragedModel):
     "The moving average of one student's weights and buffers"
     def __init__(self, student, learn, decay):
@@ -62,14 +62,14 @@ class StudentAverage(AveragedModel):
                              f'{e}') from None
         self.n_averaged.fill_(state['steps']+1)
 
-# %% ../nbs/ema.ipynb #42d28b39
+# %% ../nbs/ema.ipynb #c48bb4da
 class NoNetworkYet(nn.Module):
     "Stands in for the average before the first fit"
     def forward(self, *xb):
         raise ValueError('The first fit makes the network of an `EMATeacher`, from the student. '
                          'Before that, the student itself is what you can look at')
 
-# %% ../nbs/ema.ipynb #f4fa892e
+# %% ../nbs/ema.ipynb #6bd47162
 class EMATeacher(Teacher):
     "A teacher that follows the student: the exponential moving average of its weights and buffers"
     def __init__(self,
@@ -96,7 +96,7 @@ class EMATeacher(Teacher):
 
     def check_term(self, m): pass     # its layers are the student's, which is not known yet
 
-# %% ../nbs/ema.ipynb #ac003d35
+# %% ../nbs/ema.ipynb #1cd3fe82
 @patch
 def start_for(self:EMATeacher,
     learn, # The learner whose batches will come
@@ -130,7 +130,7 @@ def stop(self:EMATeacher):
     self._trial = None
     if self._kept is not None and not self._kept.steps: self._kept = None
 
-# %% ../nbs/ema.ipynb #7bf7919f
+# %% ../nbs/ema.ipynb #0ac4537e
 @patch
 def after_step(self:EMATeacher,
     learn, # The learner whose optimizer has just taken a step
@@ -145,7 +145,7 @@ def after_step(self:EMATeacher,
                          'averages them. Prune between two epochs or fits: the average then starts anew.')
     average.update_parameters(student)
 
-# %% ../nbs/ema.ipynb #f53bea0c
+# %% ../nbs/ema.ipynb #39706d01
 @patch
 def state_dict(self:EMATeacher) -> dict: # 'average' and 'steps'; `None` before the first step
     "What the callback saves; what was loaded, if no fit came since"
