@@ -83,8 +83,9 @@ def _inputs(self:Teacher, xb):
     if self.channels_last: xb = tensors(lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
     if self.dtype == torch.float32: xb = tensors(lambda x: x.float() if x.is_floating_point() else x)
     own = getattr(one_param(self.model), 'dtype', None)
-    if own in (torch.float16,torch.bfloat16,torch.float64):     # a network of these has no other choice
-        xb = tensors(lambda x: x.to(own) if x.is_floating_point() else x)
+    exact = own in (torch.float16,torch.bfloat16,torch.float64)     # a network of these has no other choice
+    def cast(x): return x.to(own) if exact or own == torch.float32 and x.dtype == torch.float64 else x
+    xb = tensors(lambda x: cast(x) if x.is_floating_point() else x)
     return xb
 
 # %% ../nbs/teacher.ipynb #d4fb6008

@@ -1,13 +1,11 @@
 "Teachers in other precisions, and those that were compiled, exported, scripted, traced, quantised or saved whole: each works or says why not, before the first step."
 from copy import deepcopy
 import pytest, torch
-from fastai.basics import load_learner
 from torch import fx, nn
 from torch.export import Dim
 from conftest import data, learner, n_hooks, net, same_state, state
 from fastdistill.all import *
 from fastdistill.in_use import check_evaluation_graph
-from test_trained import exportable
 
 KD = KnowledgeDistillationCallback
 x = torch.randn(8,2,8,8)
@@ -51,10 +49,11 @@ def test_what_a_teacher_in_another_precision_is_asked_and_answers(teacher, dtype
     words = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3)).to(dtype)
     assert Teacher(words)(torch.tensor([[1,2]])).dtype == dtype
 
-def test_a_student_in_float64(teacher):
-    "A teacher in float32 answers it, too"
-    answer = Teacher(teacher.double())(x.double())
-    assert answer.dtype == torch.float64
+def test_inputs_of_float64(teacher):
+    "A teacher in float32 answers a student in float64 as it answers others, also inside an autocast region"
+    t = Teacher(teacher.eval())
+    assert torch.equal(t(x.double()), t(x))
+    with torch.autocast('cpu', torch.bfloat16): assert Teacher(deepcopy(teacher).double())(x).dtype == torch.float64
 
 def test_precision_of_an_ensemble(teacher):
     whole,half = Ensemble([teacher.eval(), deepcopy(teacher)]),Ensemble([teacher, deepcopy(teacher).bfloat16()])
