@@ -2,6 +2,7 @@
 
     python benchmarks/step_cost.py                                     # ResNet34 -> ResNet18, 64 px, batch 64, on the CPU
     python benchmarks/step_cost.py --only recorded                     # with a recorded teacher alone
+    python benchmarks/step_cost.py --teacher resnet18 --only EMA       # with the average of the student as its teacher
     python benchmarks/step_cost.py --peers                             # with fasterai's callback beside (pip install fasterai)
     python benchmarks/step_cost.py --small                             # a student of 1,702 parameters, one thread, beside a loop written by hand
     python benchmarks/step_cost.py --device cuda --precision bf16 --teacher resnet50 --size 224
@@ -20,7 +21,7 @@ from fastai.callback.all import *
 from fastai.data.load import DataLoader
 from torchvision import models
 from fastdistill.digits import digits_cnn, digits_dls
-from fastdistill.all import Attention, KnowledgeDistillationCallback, Match, SoftTarget, Teacher, TeacherRecording, record_teacher
+from fastdistill.all import Attention, EMATeacher, KnowledgeDistillationCallback, Match, SoftTarget, Teacher, TeacherRecording, record_teacher
 from timing import machine, peak_mb, time_rounds
 
 layers = [f'layer{i}' for i in range(1,5)]
@@ -57,6 +58,7 @@ def callbacks(args):
             'Attention, 4 layers, fast teacher': lambda: KnowledgeDistillationCallback(Teacher(make_teacher(args), fast=True), Attention, layers, layers, weight=0.9),
             'SoftTarget, recorded teacher': lambda: KnowledgeDistillationCallback(TeacherRecording(args.recording), SoftTarget),
             'Attention, 4 layers, recorded teacher': lambda: KnowledgeDistillationCallback(TeacherRecording(args.recording), Attention, layers, layers, weight=0.9)}
+    if args.teacher == args.student: rows['SoftTarget, EMATeacher'] = lambda: KnowledgeDistillationCallback(EMATeacher(), SoftTarget)
     if args.peers:
         import fasterai.distill.all as fa
         rows['fasterai SoftTarget'] = lambda: fa.KnowledgeDistillationCallback(make_teacher(args), fa.SoftTarget)

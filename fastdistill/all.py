@@ -3,6 +3,7 @@ from .losses import *
 from .layers import get_model_layers
 from .matching import layer_shapes, match_layers
 from .ensemble import Ensemble
+from .ema import EMATeacher
 from .teacher import Teacher
 from .objective import Match
 from .callback import KnowledgeDistillationCallback, ShowDistillationGraph

@@ -29,6 +29,7 @@ class Batch:
         self.learn,self.objective,self.teachers,self.trained = learn,objective,teachers,trained
         self.hooks,self.answers,self.compared,self.items = hooks,answers,compared,items
         self.sent,self.parts = None,{}
+        self.stepped = True     # unless its step is cancelled
 
     @property
     def xb(self) -> tuple: return self.learn.xb

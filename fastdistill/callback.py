@@ -39,7 +39,7 @@ class KnowledgeDistillationCallback(SharedCallback):
     _fit = _teacher = history = None
     trained = Trained()
     def __init__(self,
-        teacher, # `nn.Module`, `Learner`, `Teacher`, `TeacherRecording`, a list (an ensemble), or `None`: see `Match`
+        teacher, # Module, `Learner`, `Teacher`, `EMATeacher`, `TeacherRecording`, list; `None` if each `Match` has one
         loss=SoftTarget, # A loss (class, `partial`, instance, function), a `Match`, a list of these, or an `Objective`
         student_layers:str|list=None, # For a loss on features: names of the student's layers
         teacher_layers:str|list=None, # For a loss on features: names of the teacher's layers, in the same order
@@ -74,7 +74,8 @@ class KnowledgeDistillationCallback(SharedCallback):
     def after_pred(self): self._fit.ask_teacher()
     def after_loss(self): self._fit.set_loss()
     def before_step(self): self._fit.before_step()
-    def after_cancel_step(self): self._fit.join_optimizer()   # gradients of a skipped step are dropped all the same
+    def after_cancel_step(self): self._fit.cancel_step()
+    def after_step(self): self._fit.after_step()
     def after_cancel_batch(self): self.trained.drop_gradients_with(self.model)
     def after_batch(self): self._fit.end_batch()
     def after_train(self): self._fit.end_epoch()
@@ -129,23 +130,35 @@ def batch(self:KnowledgeDistillationCallback): # `Batch`, or `None` between two 
 @patch
 def __deepcopy__(self:KnowledgeDistillationCallback, memo):
     res = super(KnowledgeDistillationCallback, self).__deepcopy__(memo)
-    res.__dict__.update(_teacher=_of_this_callback(self._teacher), trained=self.trained.for_copy())
+    teacher = self._teacher and self._teacher.for_copy(memo)
+    res.__dict__.update(_teacher=teacher, trained=self.trained.for_copy())
     return res
 
 # %% ../nbs/callback.ipynb #05e9d38e
+def _named(kd):
+    "All teachers, by where they are named"
+    return {'teacher':kd.teacher, **{f'matches[{i}].teacher':m.teacher for i,m in enumerate(kd.matches)}}
+
 @patch
 def save(self:KnowledgeDistillationCallback,
     file, # Path to write to; with several processes only the first one writes, with its own batch norm statistics
 ):
-    "Save what the losses have learned, and the optimizer's state of it; raises `ValueError` if that is nothing"
-    self.trained.save(file)
+    "Save what losses and an `EMATeacher` have learned; raises `ValueError` if that is nothing"
+    self.trained.save(file, {k:state for k,t in _named(self).items() if t is not None and (state := t.state_dict())})
 
 @patch
 def load(self:KnowledgeDistillationCallback,
     file, # Path that `save` has written; with several processes all load it, and wait for the first
 ):
     "Go on with what was saved, from the first batch of the next fit; raises `ValueError` for another file"
-    self.trained = Trained.load(file)
+    trained = Trained.load(file)
+    for name,state in trained.saved.pop('teachers', {}).items():
+        teacher = _named(self).get(name)
+        if teacher is None or teacher.steps is None:
+            raise ValueError(f'{file} has an average of weights: expected callback.{name} to be an `EMATeacher`, '
+                             f'but got {teacher}')
+        teacher.load_state_dict(state)
+    self.trained = trained
 
 # %% ../nbs/callback.ipynb #39998d46
 @patch

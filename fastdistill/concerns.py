@@ -55,7 +55,8 @@ def _other_data(asked, student):
     facts = [k for k in data if k in student and not alike(data[k], student[k])]
     if asked.teacher.input_tfm is not None: facts = [k for k in facts if k == 'classes']
     if not asked.judged: facts = [k for k in facts if k != 'classes']
-    return [f'The {asked.name} was trained with {k} {_brief(data[k])}, but the student\'s batches have {_brief(student[k])}: '
+    return [f'The {asked.name} was trained with {k} {_brief(data[k])}, '
+            f'but the student\'s batches have {_brief(student[k])}: '
             + _cures.get(k, '`Teacher(model, input_tfm=...)` can normalise them again') for k in facts]
 
 def _brief(o):
@@ -90,8 +91,9 @@ def guessing(
 ) -> list: # Texts
     "Does a teacher name the labels no better than chance? Blended labels are not judged"
     if any(isinstance(cb, MixHandler) for cb in batch.learn.cbs): return []
-    return [text for a,answer in zip(batch.teachers.asked, batch.answers) if a.judged and answer is not None
-            for text in _guessing(batch, answer, a.name)]
+    asked = [(a,answer) for a,answer in zip(batch.teachers.asked, batch.answers) if a.judged and answer is not None]
+    # one that follows the student began as the student
+    return [text for a,answer in asked if a.teacher.steps is None for text in _guessing(batch, answer, a.name)]
 
 def _guessing(batch, answer, name):
     if (found := one_class_each(answer, batch.yb[0], task_ignores(batch.learn))) is None: return []
@@ -105,8 +107,9 @@ def flat_targets(
     batch, # A `Batch`
 ) -> list: # Texts
     "Does a temperature flatten a teacher's targets?"
-    found = [(m.needs.T, _flatness(t[0], m.needs)) for m,(_,t) in zip(batch.objective.terms, batch.features)
-             if _softens(m.needs) and not m.teacher_layers]
+    found = [(m.needs.T, _flatness(t[0], m.needs))
+             for m,a,(_,t) in zip(batch.objective.terms, batch.teachers.of_terms, batch.features)
+             if _softens(m.needs) and not m.teacher_layers and a.teacher.steps is None]     # not begun as the student
     return [f'At T={T} the teacher\'s targets are flat, with {100*h:.2f} % of the entropy of equal probabilities: '
             'a lower temperature shows more' for T,h in found if h > 0.9995]
 

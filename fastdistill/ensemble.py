@@ -26,6 +26,9 @@ class Ensemble(Teacher):
         if not all(t.live for t in self.teachers):
             raise ValueError('Expected networks, but got a recording. What an ensemble answers can be recorded as a '
                              'whole: `record_teacher` takes a list.')
+        if any(t.steps is not None for t in self.teachers):
+            raise ValueError('Expected networks that stay as they are, but got one that follows the student: '
+                             'it can only be a teacher alone')
         self.weights = _shares(weights, len(self.teachers))
 
     @property
@@ -177,4 +180,5 @@ class HasTeacher:
     def __deepcopy__(self, memo):
         res = memo[id(self)] = copy(self)
         vars(res).update(deepcopy({k:v for k,v in vars(self).items() if k != '_teacher'}, memo))
+        if self._teacher is not None: res._teacher = self._teacher.for_copy(memo)
         return res

@@ -74,7 +74,8 @@ class Epoch:
         learn.dl = teachers.batches(learn)
         with ExitStack() as undo:
             self.inputs = WatchedInputs()
-            undo.callback(model.register_forward_pre_hook(self.inputs).remove)
+            if not isinstance(model, torch.jit.ScriptModule):     # these have no hooks
+                undo.callback(model.register_forward_pre_hook(self.inputs).remove)
             def student_hooks(m): return FeatureHooks(model, m.student_layers, 'student', with_graph=True)
             self.hooks = [(undo.enter_context(student_hooks(m)), undo.enter_context(a.teacher.hooks(m)))
                           for m,a in zip(objective.terms, teachers.of_terms)]

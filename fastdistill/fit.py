@@ -149,7 +149,8 @@ def ask_teacher(self:Fit):
                          '`x.sub_(mean)` by `x = x - mean`.')
     answers,compared = self.teachers.ask(self.learn.xb, epoch.teacher_hooks)
     items = epoch.items and epoch.items(self.learn.iter, get_logits(self.learn.pred))
-    self.batch = Batch(self.learn, self.objective, self.teachers, self.kd.trained, epoch.hooks, answers, compared, items)
+    trained = self.kd.trained
+    self.batch = Batch(self.learn, self.objective, self.teachers, trained, epoch.hooks, answers, compared, items)
 
 # %% ../nbs/fit.ipynb #705ab7ad
 @patch
@@ -212,6 +213,20 @@ def end_batch(self:Fit):
     self.epoch.buffers = ()
     self.epoch.clear_hooks()
     self.kd.trained.leave()
+
+# %% ../nbs/fit.ipynb #38b6818d
+@patch
+def cancel_step(self:Fit):
+    "Gradients of a skipped step are dropped all the same, and the teacher does not follow"
+    self.join_optimizer()
+    self.batch.stepped = False
+
+@patch
+@says_where
+def after_step(self:Fit):
+    "Tell the teachers of a step that was taken"
+    if not self.batch.stepped: return
+    for t in self.teachers: t.after_step(self.learn)
 
 # %% ../nbs/fit.ipynb #25d1a9e3
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['input_of', 'unwrap_model', 'is_compiled', 'get_model_layers', 'get_layer', 'FeatureHook', 'InputHook',
-           'tensor_version', 'FeatureHooks']
+           'tensor_version', 'find_layers', 'FeatureHooks']
 
 # %% ../nbs/layers.ipynb #b345bccc
 from difflib import get_close_matches
@@ -108,15 +108,26 @@ class InputHook(FeatureHook):
 def tensor_version(t): return None if t.is_inference() else t._version     # inference tensors have no counter
 
 # %% ../nbs/layers.ipynb #40ed28cb
+def _check_no_script(model, names, role):
+    "Raise where TorchScript runs the model or a layer: it calls no hooks"
+    inner = unwrap_model(model)
+    scripted = [n for n,m in inner.named_modules(remove_duplicate=False) if isinstance(m, torch.jit.ScriptModule)]
+    found = [n for n in names for s in scripted if n == s or not s or n.startswith(f'{s}.')]
+    if found: raise ValueError(f'Expected layers that PyTorch can hook, but TorchScript runs {found[0]!r} of '
+                               f'{_model_name(model, role)}. Take the model as it was before `torch.jit`, or compare '
+                               'predictions.')
+
 def _check_called(model, names, layers, role):
     "Raise where `torch.fx` has rewritten the model and its graph does not call one of the layers"
     if not isinstance(inner := unwrap_model(model), fx.GraphModule): return
     called = [n.target for n in inner.graph.nodes if n.op == 'call_module']
     modules = {m for n in called for m in inner.get_submodule(n).modules()}
-    called = [n for n in called if 'activation_post_process' not in n]     # observers, which quantisation adds
+    others = 'activation_post_process','_guards_fn'     # observers of quantisation, checks of `torch.export`
+    called = [n for n in called if not any(o in n for o in others)]
     for name in (n for n,l in zip(names, layers) if l not in modules):
         near = [n for n in called if n.startswith(f'{name}.')] or get_close_matches(name, called, n=5) or called[:20]
-        cure = f'Name one that it calls: {", ".join(near)}' if near else 'It calls none: compare predictions'
+        none = 'It calls none: compare predictions, or take the model as it was before'
+        cure = f'Name one that it calls: {", ".join(near)}' if near else none
         raise ValueError(f'Expected layers that {_model_name(model, role)} calls as modules, '
                          f'but its graph was rewritten without {name!r}. {cure}.')
 
@@ -127,6 +138,15 @@ def _check_one_device(model, role):
                      '`with learn.distrib_ctx(): learn.fit(...)`.')
 
 # %% ../nbs/layers.ipynb #49a63a46
+def find_layers(
+    model:nn.Module, # Any model, wrapped or not
+    names:list, # Names of layers
+    role:str='', # What to call the model in messages
+) -> list: # The layers
+    "The layers to hook; `KeyError` for one that is not there, `ValueError` where TorchScript runs it"
+    _check_no_script(model, names, role)
+    return [get_layer(model, n, role) for n in names]
+
 class FeatureHooks(Hooks):
     "The outputs of some layers at a model's last forward pass; as a context manager, removes the hooks at the end"
     reduced = False     # these are features, not what a loss needs of them
@@ -136,7 +156,7 @@ class FeatureHooks(Hooks):
         role:str='', # What to call the model in messages: 'student', 'teacher'
         with_graph:bool=False, # Raise where a layer ran without gradients?
     ):
-        layers = [get_layer(model, n, role) for n in names]
+        layers = find_layers(model, names, role)
         _check_called(model, names, layers, role)
         if layers: _check_one_device(model, role)
         self.model_name,self.with_graph = _model_name(model, role),with_graph

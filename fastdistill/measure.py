@@ -129,10 +129,12 @@ class _TeacherAnswers(Callback):
     def __init__(self, teacher): self.teacher = teacher
 
     def after_pred(self):
-        found = []
-        hook = self.teacher.model.register_forward_hook(lambda m, _, out: found.append(out))
+        found,model = [],self.teacher.model
+        can_hook = not isinstance(model, torch.jit.ScriptModule)     # which answers with logits
+        hook = model.register_forward_hook(lambda m, _, out: found.append(out)) if can_hook else None
         try: logits = self.teacher(*self.xb)
-        finally: hook.remove()
+        finally:
+            if hook: hook.remove()
         self.learn.pred = _in_form(self.pred, logits, *found)
 
 class _Right(Metric):

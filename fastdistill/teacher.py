@@ -17,14 +17,15 @@ from fastcore.basics import listify, patch
 from fastcore.xtras import modify_exception
 from .data import describe_data, describe_value, get_logits
 from .in_use import device_of, end_use, lay_out, reset_state, start_use
-from .layers import FeatureHooks, get_layer
-from torch import nn, Tensor
+from .layers import FeatureHooks, find_layers
+from torch import fx, nn, Tensor
 
 # %% ../nbs/teacher.ipynb #4117a9f9
 class Teacher:
     "A frozen model that answers batches between `start` and `stop`, and is then left as it was found"
     live = True     # a network, which answers any batch; a recording answers those that it knows
     data = {}       # what is known of the data that it was trained on, see `describe_data`
+    steps = None    # how many steps of the student it has followed; `None`: it stays as it is
     input_tfm,dtype,channels_last,fast,resets = None,None,False,False,False
     def __init__(self,
         model, # `nn.Module`, or a `Learner`, of which only the model is kept
@@ -52,6 +53,8 @@ class Teacher:
         except Exception as e:
             msg = (f'The teacher {self} cannot answer a batch of inputs {", ".join(map(describe_value, xb))}: {e}. '
                    'One that expects other inputs than the student takes them through `Teacher(model, input_tfm=...)`.')
+            if isinstance(self.model, fx.GraphModule):
+                msg += ' `torch.export` fixes the batch size unless it gets `dynamic_shapes`.'
             raise modify_exception(e, msg, replace=True)
         out = get_logits(out)
         return out.clone() if out.is_inference() else out     # the student's backward cannot save an inference tensor
@@ -79,6 +82,10 @@ def _inputs(self:Teacher, xb):
     if self.input_tfm is not None: xb = tuple(listify(self.input_tfm(*xb)))
     if self.channels_last: xb = tensors(lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
     if self.dtype == torch.float32: xb = tensors(lambda x: x.float() if x.is_floating_point() else x)
+    own = getattr(one_param(self.model), 'dtype', None)
+    exact = own in (torch.float16,torch.bfloat16,torch.float64)     # a network of these has no other choice
+    def cast(x): return x.to(own) if exact or own == torch.float32 and x.dtype == torch.float64 else x
+    xb = tensors(lambda x: cast(x) if x.is_floating_point() else x)
     return xb
 
 # %% ../nbs/teacher.ipynb #d4fb6008
@@ -180,7 +187,7 @@ def check_term(self:Teacher,
     m, # A `Match`
 ):
     "Raise `KeyError` unless the network has the layers of a term"
-    for n in m.teacher_layers: get_layer(self.model, n, 'teacher')
+    find_layers(self.model, m.teacher_layers, 'teacher')
 
 @patch
 def hooks(self:Teacher,
@@ -213,3 +220,21 @@ def check(self:Teacher,
     *xb, # All inputs of a batch
 ):
     "Raise an error if the batch cannot be answered: a network answers all"
+
+# %% ../nbs/teacher.ipynb #36adafbf
+@patch
+def after_step(self:Teacher,
+    learn, # The learner whose optimizer has just taken a step
+):
+    "Follow the student's step: a teacher that stays as it is does nothing"
+
+@patch
+def for_copy(self:Teacher,
+    memo:dict, # Of `deepcopy`
+): # A `Teacher`
+    "The teacher of a callback that is copied: networks are shared"
+    return self
+
+@patch
+def state_dict(self:Teacher) -> dict: # `None` if there is nothing
+    "What the callback saves of its teacher"

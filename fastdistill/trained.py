@@ -175,10 +175,13 @@ def _load_states(self:Trained, states):
 @patch
 def save(self:Trained,
     file, # Path to write to; with several processes only the first one writes, with its own batch norm statistics
+    teachers:dict=None, # What teachers have learned, see `Teacher.state_dict`, by where they are named
 ):
     "Write what the losses have learned, whole or not at all; raises `ValueError` if that is nothing"
     if rank_distrib(): return
-    if not (saved := self.state_dict()): raise ValueError('Nothing to save: no loss that trains has seen a batch')
+    saved = self.state_dict()
+    if teachers: saved = {**(saved or dict(losses={}, states=None)), 'teachers':teachers}
+    if not saved: raise ValueError('Nothing to save: no loss that trains has seen a batch')
     part = Path(f'{file}.part')
     torch.save(saved, part)
     part.replace(file)
@@ -191,7 +194,7 @@ def load(cls:Trained,
     "Read what `save` has written; raises `ValueError` for another file"
     distrib_barrier()   # the first process may still be saving
     saved = torch.load(file, map_location='cpu', weights_only=True)
-    if not isinstance(saved, dict) or set(saved) != {'losses','states'}:
+    if not isinstance(saved, dict) or set(saved) - {'teachers'} != {'losses','states'}:
         raise ValueError(f'{file}: expected what `KnowledgeDistillationCallback.save` writes')
     return cls(saved=saved)
 

@@ -69,6 +69,30 @@ def test_a_step_that_overflows_skips_the_projectors():
     learner(cbs=kd).to_fp16(init_scale=1024.).fit(1, 1e-2, cbs=[Overflow(),Seen()])
     assert all(torch.equal(a, b) for a,b in zip(seen[0], seen[1])) and not all(torch.equal(a, b) for a,b in zip(seen[1], seen[2]))
 
+@pytest.mark.parametrize('to', [None,'to_fp16','to_bf16'])
+def test_an_average_follows_the_steps_that_were_taken(to):
+    "The loop by hand knows a step by the weights that it moves: the first one overflows"
+    class Overflow(Callback):
+        order = 9
+        def before_step(self):
+            if to == 'to_fp16' and self.train_iter == 0: next(self.model.parameters()).grad.fill_(float('inf'))
+    students,ema = [],EMATeacher(0.9)
+    class Students(Callback):
+        order = 90
+        def before_batch(self): self.start = state(self.model) if not students else None
+        def after_batch(self):
+            if not self.training: return
+            if self.start: students.append(self.start)
+            if any(not torch.equal(v, students[-1][k]) for k,v in self.model.named_parameters()): students.append(state(self.model))
+    learn = learner(cbs=KnowledgeDistillationCallback(ema))
+    if to: getattr(learn, to)(**dict(to_fp16=dict(init_scale=1024.)).get(to, {}))
+    learn.fit(2, 1e-2, cbs=[Students(),Overflow()])
+    assert ema.steps == len(students)-1 == (5 if to == 'to_fp16' else 6)
+    average = students[0]
+    for s in students[1:]: average = {k:0.9*average[k] + 0.1*v if v.is_floating_point() else v for k,v in s.items()}
+    for k,v in ema.model.state_dict().items(): torch.testing.assert_close(v, average[k], rtol=1e-4, atol=1e-5)
+    assert next(ema.model.parameters()).is_cuda
+
 @pytest.mark.parametrize('to', [None,'to_fp16','to_bf16','to_non_native_fp16'])
 def test_recorded_teacher_sees_the_noise_drawn_on_the_gpu_again(tmp_path, to):
     device,teacher,asked = torch.device('cuda'),net(8),[]

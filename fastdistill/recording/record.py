@@ -46,7 +46,8 @@ def record_teacher(
             resets = isinstance(teacher, Learner) and any(isinstance(cb, ModelResetter) for cb in teacher.cbs)
             if resets: _check_alone(processes)
             teacher = as_teacher(teacher)
-            if not teacher.live: raise ValueError(f'Expected networks to record, but got {teacher}')
+            if not teacher.live or teacher.steps is not None:
+                raise ValueError(f'Expected networks that stay as they are to record, but got {teacher}')
             kept = _needed(teacher, loss, student_layers, teacher_layers, reduce)
             session = RecordingSession(teacher, dls, seed, resets, kept, cbs, processes)
             undo.enter_context(session.answers_to)
