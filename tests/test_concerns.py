@@ -54,7 +54,7 @@ def test_answers_of_any_shape_can_be_looked_at(shape):
     objective = KnowledgeDistillationCallback(net(4), losses).objective
     for y in (torch.rand(20, *shape), torch.zeros(20).long(), torch.zeros(20, 2, 2).long(), ('a','b')):
         learn = SimpleNamespace(dls=None, cbs=[], loss_func=None)
-        teacher = SimpleNamespace(data={}, input_tfm=None)
+        teacher = SimpleNamespace(data={}, input_tfm=None, steps=None)
         batch = SimpleNamespace(learn=learn, teacher=teacher, yb=(y,), answer=answer, pred=answer,
                                 objective=objective)
         texts = concerns.concerns(batch)
