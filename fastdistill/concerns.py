@@ -55,7 +55,8 @@ def _other_data(asked, student):
     facts = [k for k in data if k in student and not alike(data[k], student[k])]
     if asked.teacher.input_tfm is not None: facts = [k for k in facts if k == 'classes']
     if not asked.judged: facts = [k for k in facts if k != 'classes']
-    return [f'The {asked.name} was trained with {k} {_brief(data[k])}, but the student\'s batches have {_brief(student[k])}: '
+    return [f'The {asked.name} was trained with {k} {_brief(data[k])}, '
+            f'but the student\'s batches have {_brief(student[k])}: '
             + _cures.get(k, '`Teacher(model, input_tfm=...)` can normalise them again') for k in facts]
 
 def _brief(o):

@@ -149,7 +149,8 @@ def ask_teacher(self:Fit):
                          '`x.sub_(mean)` by `x = x - mean`.')
     answers,compared = self.teachers.ask(self.learn.xb, epoch.teacher_hooks)
     items = epoch.items and epoch.items(self.learn.iter, get_logits(self.learn.pred))
-    self.batch = Batch(self.learn, self.objective, self.teachers, self.kd.trained, epoch.hooks, answers, compared, items)
+    self.batch = Batch(self.learn, self.objective, self.teachers, self.kd.trained, epoch.hooks,
+                       answers, compared, items)
 
 # %% ../nbs/fit.ipynb #705ab7ad
 @patch
