@@ -92,7 +92,7 @@ def start_for(self:Teachers,
 
 @patch
 def _may_stop(self:Teachers, a):
-    "Predictions need the whole pass, another teacher's hooks would end this one's, compiled code breaks at an exception"
+    "Not where predictions are needed, where another teacher runs the same layers, or where the code is compiled"
     t,others = a.teacher,[o for o in self if o is not a.teacher]
     return (t.live and a.on_features and not is_compiled(t.model)
             and not any(have_parts_in_common(t.model, o.model) for o in others))
