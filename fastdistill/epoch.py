@@ -39,7 +39,7 @@ class Epoch:
     "One training epoch: hooks on both models, the teacher ready to answer"
     def __init__(self, learn, objective, teacher):
         model,student = learn.model,unwrap_model(learn.model)
-        teacher.start_for(learn)   # the fit stops it
+        teacher.start_for(learn, objective.terms)   # the fit stops it
         learn.dl = teacher.batches(learn)
         with ExitStack() as undo:
             self.inputs = WatchedInputs()

@@ -15,8 +15,9 @@ from fastai.learner import Learner
 from fastai.torch_core import one_param, rank_distrib
 from fastcore.basics import listify, patch
 from fastcore.xtras import modify_exception
-from .data import describe_data, describe_value, get_logits
-from .in_use import device_of, end_use, lay_out, reset_state, start_use
+from .classes import classes_of
+from .data import class_names, describe_data, describe_value, get_logits
+from .in_use import alignment_in_use, device_of, end_use, lay_out, reset_state, start_use
 from .layers import FeatureHooks, get_layer
 from torch import nn, Tensor
 
@@ -33,6 +34,7 @@ class Teacher:
         channels_last:bool=False, # Lay out weights and images with the channels last during the fit?
         fast:bool=False, # Choose `dtype` and `channels_last` by timing the first batch, and print the choice?
         tolerance:float=0.05, # With `fast`, how far logits may be from those in float32, in standard deviations
+        vocab:list=None, # Names of its classes, in the order of its logits; those of a `Learner` are known
     ):
         if isinstance(model, Learner): self.data,model = describe_data(model.dls),model.model
         if not isinstance(model, nn.Module):
@@ -40,11 +42,12 @@ class Teacher:
         _check_options(input_tfm, dtype, channels_last, fast)
         self.model,self.input_tfm,self.dtype = model,input_tfm,dtype
         self.channels_last,self.fast,self.tolerance = channels_last,fast,tolerance
+        if vocab is not None: self.data = {**self.data, 'classes':_checked_names(vocab)}
 
     @torch.no_grad()
     def __call__(self,
         *xb, # All inputs of a batch
-    ) -> Tensor: # The model's logits, without a graph
+    ) -> Tensor: # The model's logits, without a graph; in a fit those of the student's classes
         "Answer a batch; an error in the model's forward pass says what it was asked"
         xb = self._inputs(xb)
         try:
@@ -54,7 +57,9 @@ class Teacher:
                    'One that expects other inputs than the student takes them through `Teacher(model, input_tfm=...)`.')
             raise modify_exception(e, msg, replace=True)
         out = get_logits(out)
-        return out.clone() if out.is_inference() else out     # the student's backward cannot save an inference tensor
+        if out.is_inference(): out = out.clone()     # the student's backward cannot save it
+        align = alignment_in_use(self.model, self)
+        return out if align is None else align(out)
 
     @property
     def device(self):
@@ -62,6 +67,11 @@ class Teacher:
         return device_of(self.model)
 
     def __repr__(self): return type(self.model).__name__
+
+def _checked_names(vocab):
+    names = class_names(vocab)
+    if names is None: raise ValueError(f'Expected vocab to be a list of the names of the classes, but got {vocab!r}')
+    return names
 
 def _check_options(input_tfm, dtype, channels_last, fast):
     if not (input_tfm is None or callable(input_tfm)):
@@ -97,9 +107,10 @@ def _precision(self:Teacher, xb):
 def start(self:Teacher,
     device, # Device on which batches will come
     reset:bool=False, # Forget a recurrent model's hidden state, now and at the end, as fastai's `ModelResetter`?
+    classes=None, # The student's `Classes`, to which logits are aligned; as they are by default
 ):
-    "Put the model on `device` and in evaluation mode; raises `ValueError` where another fit needs it otherwise"
-    start_use(self.model, self, device, reset)
+    "Put the model on `device`, in evaluation mode; `ValueError` if another fit needs it otherwise, or for its classes"
+    start_use(self.model, self, device, reset, None if classes is None else classes.align(self))
     if self.channels_last: lay_out(self.model, True)
     self.resets = reset
 
@@ -169,10 +180,18 @@ def _answer_in(self:Teacher, dtype, channels_last):
 @patch
 def start_for(self:Teacher,
     learn, # The learner whose batches will come
+    terms:list=None, # `Match`es that compare it with this teacher; by default logits are compared
 ):
-    "Start on the learner's device; forget a hidden state where the learner's `ModelResetter` does"
+    "Start on the learner's device, for its classes; forget a hidden state where the learner's `ModelResetter` does"
     resets = any(isinstance(cb, ModelResetter) for cb in learn.cbs)
-    self.start(one_param(learn.model).device, resets)
+    classes = classes_of(getattr(learn, 'dls', None), terms, getattr(learn, 'loss_func', None))
+    self.start(one_param(learn.model).device, resets, classes)
+
+@patch(as_prop=True)
+def alignments(self:Teacher) -> list: # Of `Alignment`s; their text says what is done
+    "What is done to its logits between `start` and `stop`"
+    align = alignment_in_use(self.model, self)
+    return [] if align is None else [align]
 
 # %% ../nbs/teacher.ipynb #edf3b0ca
 @patch
