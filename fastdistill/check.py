@@ -17,6 +17,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
 from .callback import KnowledgeDistillationCallback
+from .classes import classes_of
 from .concerns import look, no_better_than_chance, says_guessing
 from .data import alike, describe_data
 from .matching import layer_shapes
@@ -86,7 +87,7 @@ class _FirstBatch(Callback):
 # %% ../nbs/check.ipynb #9674ad66
 def _figures(model, call, xb, n): return {**model_size(model), 'ms for a batch':np.median(time_forward(call, xb, n))}
 
-def _compare_models(learn, teacher, xb, dl, n):
+def _compare_models(learn, teacher, terms, xb, dl, n):
     "Table of size, time and metrics of both; the teacher's right predictions, of how many items, of how many classes"
     if dl is None: dl = learn.dls.valid
     rows,right = dict(teacher={}, student={}),(0,0,0)
@@ -96,8 +97,8 @@ def _compare_models(learn, teacher, xb, dl, n):
         rows['student'] = _figures(learn.model, learn.model.eval(), xb, n)
         if len(dl): rows['student'].update(zip(names, learn.validate(dl=dl)))
         if not teacher.live: return pd.DataFrame(rows).T,right
-        with started(teacher, learn): rows['teacher'] = _figures(teacher.model, teacher, xb, n)
-        if len(dl):
+        with started(teacher, learn, terms): rows['teacher'] = _figures(teacher.model, teacher, xb, n)
+        if len(dl) and classes_of(learn.dls).are_known_to(teacher):     # else only features can be compared
             values,right = validate_teacher(learn, teacher, dl)
             rows['teacher'].update(zip(names, values))
     table = pd.DataFrame(rows).T
@@ -106,13 +107,14 @@ def _compare_models(learn, teacher, xb, dl, n):
     return table,right
 
 # %% ../nbs/check.ipynb #ac122703
-def _compare_data(teacher, student):
-    keys = [k for k in ('classes','size','mean','std') if k in teacher or k in student]
+def _compare_data(teacher, dls):
+    by_name,teacher,student = classes_of(dls).are_known_to(teacher),teacher.data,describe_data(dls)
+    keys = [k for k in ('classes','tokens','size','mean','std') if k in teacher or k in student]
     def brief(o):
         return 'not known' if o is None else str([round(x, 4) if isinstance(x, float) else x for x in o])[:60]
     def same(k):
         if k not in teacher or k not in student: return 'not known'
-        return 'yes' if alike(teacher[k], student[k]) else 'no'
+        return 'yes' if alike(teacher[k], student[k]) else 'by name' if k == 'classes' and by_name else 'no'
     columns = dict(teacher=[brief(teacher.get(k)) for k in keys], student=[brief(student.get(k)) for k in keys])
     return pd.DataFrame({**columns, 'same':[same(k) for k in keys]}, index=keys)
 
@@ -230,9 +232,9 @@ def distill_check(self:Learner,
     kd = callback_of(self, kd)
     first,added = _FirstBatch(kd),[] if any(cb is kd for cb in self.cbs) else [kd]
     with untouched(self, kd, dl), self.no_bar(): self.fit(1, cbs=[first, *added])
-    models,right = _compare_models(self, kd.teacher, first.inputs, dl, n)
+    models,right = _compare_models(self, kd.teacher, kd.matches, first.inputs, dl, n)
     enough = no_better_than_chance(0, *right[1:])     # the validation set tells better than a batch
     found = [c for name,texts in first.concerns.items() for c in texts if not (enough and name == 'guessing')]
     found += weak_teacher(models, right, comp) + distant_layers(self.model, kd.teacher, kd.matches, first.inputs)
     found += unequal_losses(kd.objective, *first.norms)
-    return DistillCheck(models, _compare_data(kd.teacher.data, describe_data(self.dls)), first.terms, found)
+    return DistillCheck(models, _compare_data(kd.teacher, self.dls), first.terms, found)

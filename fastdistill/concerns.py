@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.mixup import MixHandler
 from fastai.torch_core import maybe_gather, num_distrib
+from .classes import classes_of
 from .data import alike, describe_data, one_class_each
 from .labels import task_ignores
 
@@ -41,16 +42,17 @@ def concerns(
     return [text for texts in look(batch).values() for text in texts]
 
 # %% ../nbs/concerns.ipynb #508b1b59
-_cures = dict(classes='its logits stand for other classes', size='`Teacher(model, input_tfm=...)` can resize them')
+_cures = dict(tokens='`Teacher(model, input_tfm=...)` can translate their numbers',
+              size='`Teacher(model, input_tfm=...)` can resize them')
 
 @concern
 def other_data(
     batch, # A `Batch`
 ) -> list: # Texts
     "Was the teacher trained on data of another kind?"
+    if batch.teacher.input_tfm is not None: return []
     teacher,student = batch.teacher.data,describe_data(batch.learn.dls)
-    facts = [k for k in teacher if k in student and not alike(teacher[k], student[k])]
-    if batch.teacher.input_tfm is not None: facts = [k for k in facts if k == 'classes']
+    facts = [k for k in teacher if k != 'classes' and k in student and not alike(teacher[k], student[k])]
     return [f'The teacher was trained with {k} {_brief(teacher[k])}, '
             f'but the student\'s batches have {_brief(student[k])}: '
             + _cures.get(k, '`Teacher(model, input_tfm=...)` can normalise them again') for k in facts]
@@ -79,7 +81,8 @@ def says_guessing(
 ) -> str:
     "A sentence on a teacher that is no better than chance"
     return (f'{where} teacher names the class of {k} items of {n}, no more than guessing would: are its classes in '
-            'another order, or does it expect other inputs, which `Teacher(model, input_tfm=...)` can make?')
+            'another order, which `Teacher(model, vocab=...)` would tell, or does it expect other inputs, which '
+            '`Teacher(model, input_tfm=...)` can make?')
 
 @concern
 def guessing(
@@ -87,11 +90,17 @@ def guessing(
 ) -> list: # Texts
     "Does the teacher name the labels no better than chance? Blended labels are not judged"
     if batch.answer is None or any(isinstance(cb, MixHandler) for cb in batch.learn.cbs): return []
+    if _stands_for_others(batch): return []
     if (found := one_class_each(batch.answer, batch.yb[0], task_ignores(batch.learn))) is None: return []
     answer,y = found
     k,n = (answer.argmax(1) == y).sum().item(),len(y)
     if not no_better_than_chance(k, n, answer.shape[1]): return []
     return [says_guessing(k, n, 'The')]
+
+def _stands_for_others(batch):
+    "Are the logits of a teacher of other classes left as they are, since all losses compare features?"
+    on_features = all(m.teacher_layers for m in batch.objective.terms)
+    return on_features and not classes_of(batch.learn.dls).are_those_of(batch.teacher)
 
 # %% ../nbs/concerns.ipynb #e08bb778
 @concern

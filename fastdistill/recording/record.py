@@ -18,6 +18,7 @@ from .processes import together
 from .replay import TeacherRecording
 from .same import check_loader
 from .session import RecordingSession
+from ..classes import classes_of
 from ..ensemble import as_teacher
 from ..losses.predictions import SoftTarget
 from ..objective import Objective
@@ -47,21 +48,23 @@ def record_teacher(
             if resets: _check_alone(processes)
             teacher = as_teacher(teacher)
             if not teacher.live: raise ValueError(f'Expected networks to record, but got {teacher}')
-            kept = _needed(teacher, loss, student_layers, teacher_layers, reduce)
-            session = RecordingSession(teacher, dls, seed, resets, kept, cbs, processes)
+            terms = _terms(teacher, loss, student_layers, teacher_layers)
+            kept,classes = kept_for(terms, reduce),classes_of(dls, terms)
+            session = RecordingSession(teacher, dls, seed, resets, kept, cbs, processes, classes)
             undo.enter_context(session.answers_to)
             undo.callback(teacher.stop)
             undo.enter_context(_as_found(dls.train, seed))
             session.look()
+            for alignment in teacher.alignments*processes.is_first: print(alignment)
             header = session.header(n_epoch, dtype, topk, axis, first_epoch)
         session.record(Path(path), header)
     return None if first_epoch else TeacherRecording(path)
 
-def _needed(teacher, loss, student_layers, teacher_layers, reduce):
-    "What the terms of an objective need of the teacher"
+def _terms(teacher, loss, student_layers, teacher_layers):
+    "The terms of an objective, which the teacher has to serve"
     if not isinstance(loss, Objective): loss = Objective(loss, student_layers or teacher_layers, teacher_layers)
     loss.check_teacher(teacher)
-    return kept_for(loss.terms, reduce)
+    return loss.terms
 
 @contextmanager
 def _as_found(dl, seed):
