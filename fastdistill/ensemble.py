@@ -84,7 +84,7 @@ def start_for(self:Ensemble,
 def _check_alike(teachers, names):
     "Without names of the student's classes, the mean needs teachers whose classes stand in one order"
     if names is not None: return
-    orders = {tuple(t.data['classes']) for t in teachers if 'classes' in t.data}
+    orders = dict.fromkeys(tuple(t.data['classes']) for t in teachers if 'classes' in t.data)     # in their order
     if len(orders) > 1:
         raise ValueError('Expected teachers with the same classes in one order, or a student whose `dls.vocab` names its '
                          'classes, but got ' + ' and '.join(str(list(o)[:10]) for o in orders))
