@@ -17,13 +17,12 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import nn
 from .callback import KnowledgeDistillationCallback
-from .classes import classes_of
 from .concerns import look, no_better_than_chance, says_guessing
 from .data import alike, describe_data
 from .matching import layer_shapes
 from .measure import comp_for, model_size, started, time_forward, validate_teacher
 from .objective import Objective
-from .teacher import Teacher
+from .teacher import classes_of, Teacher
 from .untouched import untouched
 
 # %% ../nbs/check.ipynb #dad8d21b

@@ -18,11 +18,10 @@ from fastai.torch_core import one_param, to_device
 from fastcore.basics import listify
 from fastcore.foundation import L
 from torch import Tensor
-from .classes import classes_of
 from .data import get_logits, ignored_label, one_class_each
 from .items import clone_inputs, in_order
 from .measure import agreement, calibration_error, in_form, model_size, multiply_adds, time_forward
-from .teacher import Teacher
+from .teacher import classes_of, Teacher
 from .untouched import untouched
 
 # %% ../nbs/compare.ipynb #2216e4be

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.mixup import MixHandler
 from fastai.torch_core import maybe_gather, num_distrib
-from .classes import classes_of
 from .data import alike, describe_data, one_class_each
 from .labels import task_ignores
+from .teacher import classes_of
 
 # %% ../nbs/concerns.ipynb #8fb26bac
 all_concerns = {}   # Name -> function

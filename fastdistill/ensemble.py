@@ -9,8 +9,7 @@ __all__ = ['Ensemble', 'as_teacher']
 import math
 from fastcore.basics import patch
 from fastcore.xtras import is_listy
-from .classes import classes_of
-from .teacher import Teacher
+from .teacher import classes_of, Teacher
 from torch import nn, Tensor
 
 # %% ../nbs/ensemble.ipynb #e142baae

@@ -13,8 +13,8 @@ from torch import nn
 from conftest import QuietLearner, data, learner, loaders, mlp, n_hooks, net, same_state, state
 from fastdistill.all import *
 from fastdistill.callback import KnowledgeDistillationCallback as KD
-from fastdistill.classes import classes_of
 from fastdistill.measure import started, validate_teacher
+from fastdistill.teacher import classes_of
 
 names,order = ['ant','bee','cow'],[2,0,1]     # of the student; which of them the shuffled teacher's logits stand for
 shuffled = [names[i] for i in order]

@@ -21,7 +21,7 @@ try: import fcntl
 except ImportError: fcntl = None     # Windows
 
 # %% ../../nbs/recording/files.ipynb #ebf13d27
-format_version = 3     # of what is written here; 1 had no version in its header, 2 no classes of the teacher
+format_version = 2     # of what is written here; 1 had no version in its header
 
 def row_types(
     header:dict, # Of a recording

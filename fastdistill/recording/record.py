@@ -18,10 +18,10 @@ from .processes import together
 from .replay import TeacherRecording
 from .same import check_loader
 from .session import RecordingSession
-from ..classes import classes_of
 from ..ensemble import as_teacher
 from ..losses.predictions import SoftTarget
 from ..objective import Objective
+from ..teacher import classes_of
 
 # %% ../../nbs/recording/record.ipynb #0361cc64
 def record_teacher(

@@ -32,7 +32,7 @@ class TeacherRecording(Teacher):
         self.folders = open_folders([self.path] if is_one else self.path)
         self.header = {**self.folders[0].header, 'n_epoch':sum(files.header['n_epoch'] for files in self.folders)}
         self.kept = self.folders[0].kept
-        if self.header['vocab'] is not None: self.data = {'classes':self.header['vocab']}
+        if self.header.get('vocab'): self.data = {'classes':self.header['vocab']}
         self._in_no_fit()
 
     def _in_no_fit(self):
@@ -88,7 +88,7 @@ def batches(self:TeacherRecording,
     _check_processes(learn, **process)
     check_blends(learn, self)
     h = self.header
-    if d := differences(h['setup'], setup_of(learn.dls, dl, h['any_order'], h['vocab'] is not None)):
+    if d := differences(h['setup'], setup_of(learn.dls, dl, h['any_order'], 'classes' in self.data)):
         raise ValueError(f'{self} was made with other batches. {d}')
     if h['any_order']: self.epoch = Numbered(dl, **process)
     else: self.epoch = Seeded(dl, h['seed'], learn.epoch % h['n_epoch'], h['rows'], **process)
