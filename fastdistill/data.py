@@ -82,7 +82,7 @@ def _names(dls):
     "Classes, and tokens where the inputs are their numbers: the first of two vocabularies, or that of a language model"
     vocab = getattr(dls, 'vocab', None)
     classes,tokens = class_names(vocab),None
-    if hasattr(getattr(dls, 'train', None), 'make_chunks'): tokens = classes     # a stream of texts
+    if hasattr(next(iter(getattr(dls, 'loaders', ())), dls), 'make_chunks'): tokens = classes     # a stream of texts
     elif classes and is_listy(vocab) and len(vocab) > 1 and _is_collection(vocab[0]): tokens = [str(o) for o in vocab[0]]
     return dict(classes=classes, tokens=tokens)
 
