@@ -37,7 +37,7 @@ class Alignment:
         axes = (self.axis, 1, *[-1]*(len(shape) == 3)) if len(shape) > 1 else ()
         found = next((a for a in axes if -len(shape) <= a < len(shape) and shape[a] == self.n), None)
         if found is not None: return found
-        raise ValueError(f'Expected the teacher {self.teacher} to return a logit for each of its {self.n} classes, along '
+        raise ValueError(f'Expected teacher {self.teacher} to return a logit for each of its {self.n} classes, along '
                          f'axis 1 or the last axis of a sequence, but got logits of shape {tuple(shape)}. '
                          '`Teacher(model, vocab=[...])` names the classes in the order of its logits.')
 
@@ -56,12 +56,12 @@ def _check_names(teacher, known, wanted):
         hint = f' Nearest: {_brief(sorted(near))}.' if near else ''
         raise ValueError(f'Expected the teacher {teacher} to know all classes of the student, but it does not know '
                          f'{_brief(missing)}.{hint} Its classes are {_brief(known)}. `Teacher(model, vocab=[...])` can '
-                         'give them other names; a teacher without names, `Teacher(model)`, is compared class by class.')
+                         'give other names; a teacher without names, `Teacher(model)`, is compared class by class.')
     for whose,names in dict(teacher=known, student=wanted).items():
         counts = Counter(names)
         if repeated := {name for name in wanted if counts[name] > 1}:
             raise ValueError(f'Expected each class of the {whose} to have a name of its own, but it has several that '
-                             f'are called {_brief(sorted(repeated))}, so those of the teacher {teacher} cannot be found '
+                             f'are called {_brief(sorted(repeated))}, so those of teacher {teacher} cannot be found '
                              'by name')
 
 def _brief(names):

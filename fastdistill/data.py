@@ -83,7 +83,7 @@ def _names(dls):
     vocab = getattr(dls, 'vocab', None)
     classes,tokens = class_names(vocab),None
     if hasattr(next(iter(getattr(dls, 'loaders', ())), dls), 'make_chunks'): tokens = classes     # a stream of texts
-    elif classes and is_listy(vocab) and len(vocab) > 1 and _is_collection(vocab[0]): tokens = [str(o) for o in vocab[0]]
+    elif classes and is_listy(vocab) and _is_collection(vocab[0]): tokens = [str(o) for o in vocab[0]]
     return dict(classes=classes, tokens=tokens)
 
 def _is_collection(o): return is_coll(o) and not isinstance(o, (str,Tensor))

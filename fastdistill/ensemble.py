@@ -85,7 +85,7 @@ def _check_alike(teachers, names):
     if names is not None: return
     orders = dict.fromkeys(tuple(t.data['classes']) for t in teachers if 'classes' in t.data)     # in their order
     if len(orders) > 1:
-        raise ValueError('Expected teachers with the same classes in one order, or a student whose `dls.vocab` names its '
+        raise ValueError('Expected teachers with the same classes in one order, or a student whose `dls.vocab` has its '
                          'classes, but got ' + ' and '.join(str(list(o)[:10]) for o in orders))
 
 @patch(as_prop=True)

@@ -150,7 +150,7 @@ def test_names_that_are_there_twice(teacher):
     assert losses(KD(Teacher(more, vocab=[*names,'x','x'])), n_epoch=1) == losses(KD(teacher), n_epoch=1)     # they are cut away
 
 def test_vocabularies_that_do_not_fit_the_logits(teacher):
-    with pytest.raises(ValueError, match=r'Teacher Sequential|teacher Sequential to return a logit for each of its 4 classes.*got logits of shape \(8, 3\)'):
+    with pytest.raises(ValueError, match=r'teacher Sequential to return a logit for each of its 4 classes.*got logits of shape \(8, 3\)'):
         losses(KD(Teacher(teacher, vocab=[*shuffled,'dog'])), n_epoch=1)
     with pytest.raises(ValueError, match="does not know 'bee'"): losses(KD(Teacher(teacher, vocab=shuffled[:2])), n_epoch=1)
     for vocab in 'abc',[],3,{}:
