@@ -24,7 +24,7 @@ from .layers import input_of
 from .matching import layer_shapes
 from .measure import comp_for, model_size, started, time_forward, validate_teacher
 from .objective import Objective
-from .teacher import Teacher
+from .teacher import classes_of, Teacher
 from .untouched import untouched
 
 # %% ../nbs/check.ipynb #dad8d21b
@@ -101,8 +101,9 @@ def _compare_models(learn, teachers, xb, dl, n):
         rows['student'] = _figures(learn.model, learn.model.eval(), xb, n)
         if len(dl): rows['student'].update(zip(names, learn.validate(dl=dl)))
         for k,a in ((k,a) for k,a in teachers.items() if a.teacher.live):
-            with started(a.teacher, learn): rows[k] = _figures(a.teacher.model, a.teacher, xb, n)
-            if not (len(dl) and a.judged): continue
+            with started(a.teacher, learn, a.terms): rows[k] = _figures(a.teacher.model, a.teacher, xb, n)
+            # of a teacher of other classes only features can be compared
+            if not (len(dl) and a.judged and classes_of(learn.dls).are_known_to(a.teacher)): continue
             values,right[k] = validate_teacher(learn, a.teacher, dl)
             rows[k].update(zip(names, values))
     table = pd.DataFrame(rows).T
@@ -112,17 +113,18 @@ def _compare_models(learn, teachers, xb, dl, n):
     return table,right
 
 # %% ../nbs/check.ipynb #ac122703
-def _compare_data(teachers, student):
-    if len(teachers) == 1: return _same_data(*(a.teacher.data for a in teachers.values()), student)
-    return pd.concat({k:_same_data(a.teacher.data, student) for k,a in teachers.items()})
+def _compare_data(teachers, dls):
+    if len(teachers) == 1: return _same_data(*(a.teacher for a in teachers.values()), dls)
+    return pd.concat({k:_same_data(a.teacher, dls) for k,a in teachers.items()})
 
-def _same_data(teacher, student):
-    keys = [k for k in ('classes','size','mean','std') if k in teacher or k in student]
+def _same_data(teacher, dls):
+    by_name,teacher,student = classes_of(dls).are_known_to(teacher),teacher.data,describe_data(dls)
+    keys = [k for k in ('classes','tokens','size','mean','std') if k in teacher or k in student]
     def brief(o):
         return 'not known' if o is None else str([round(x, 4) if isinstance(x, float) else x for x in o])[:60]
     def same(k):
         if k not in teacher or k not in student: return 'not known'
-        return 'yes' if alike(teacher[k], student[k]) else 'no'
+        return 'yes' if alike(teacher[k], student[k]) else 'by name' if k == 'classes' and by_name else 'no'
     columns = dict(teacher=[brief(teacher.get(k)) for k in keys], student=[brief(student.get(k)) for k in keys])
     return pd.DataFrame({**columns, 'same':[same(k) for k in keys]}, index=keys)
 
@@ -268,5 +270,5 @@ def distill_check(self:Learner,
         else: found += weak_teacher(models, right[k], comp, k)
         found += distant_layers(self.model, a.teacher, a.terms, first.inputs)
     if all(a.teacher.steps != 0 for a in teachers.values()): found += unequal_losses(kd.objective, *first.norms)
-    return DistillCheck(models, _compare_data(teachers, describe_data(self.dls)), first.terms, found)
+    return DistillCheck(models, _compare_data(teachers, self.dls), first.terms, found)
 

@@ -20,7 +20,8 @@ from fastcore.foundation import L
 from torch import Tensor
 from .data import get_logits, ignored_label, one_class_each
 from .items import clone_inputs, in_order
-from .measure import agreement, calibration_error, model_size, multiply_adds, time_forward
+from .measure import agreement, calibration_error, in_form, model_size, multiply_adds, time_forward
+from .teacher import classes_of, Teacher
 from .untouched import untouched
 
 # %% ../nbs/compare.ipynb #2216e4be
@@ -56,18 +57,30 @@ def _joined(tensors):
     "One tensor of those of all batches; `None` where they do not fit together"
     return torch.cat(tensors) if len({x.shape[1:] for x in tensors}) == 1 else None
 
-def _measured(learn, dl):
+class _Aligned(Callback):
+    "Put a model's classes into the order of a loader's, before other callbacks look at its predictions"
+    order = -100
+    def __init__(self, align): self.align = align
+    def after_pred(self): self.learn.pred = in_form(self.pred, self.align(get_logits(self.pred)))
+
+def _alignment(learn, dl, name):
+    "How to take the classes of `dl` from what a learner answers; `None` if there is nothing to do"
+    try: return classes_of(dl, loss_func=learn.loss_func).align(Teacher(learn))
+    except ValueError as e: raise ValueError(f'{name} cannot be measured on these items, which have other classes: {e}')
+
+def _measured(learn, dl, name):
     "Metrics by name, and what `_Keep` kept; by this process alone"
     if dl is None and len(learn.dls.loaders) > 1: dl = learn.dls.valid
-    keep,row = _Keep(),{}
+    keep,align,row = _Keep(),_alignment(learn, dl, name),{}
     with untouched(learn), learn.no_bar(), learn.removed_cbs(L(getattr(learn, 'distributed_trainer', None))):
         names = ['valid_loss',*learn.metrics.attrgot('name')]
-        if dl is not None: row = dict(zip(names, learn.validate(dl=dl, cbs=keep)))
+        cbs = [keep] if align is None else [_Aligned(align), keep]
+        if dl is not None: row = dict(zip(names, learn.validate(dl=dl, cbs=cbs)))
     return row,keep
 
 def _quality(learn, dl, name):
     "Metrics and calibration of a learner on all items, with the first inputs, the logits and the labels"
-    row,keep = _measured(learn, dl)
+    row,keep = _measured(learn, dl, name)
     if keep.first is None:
         raise ValueError(f'{name} has no items to be measured on: its validation set is empty. '
                          'Give `compare` a loader that has some, with `dl`.')
@@ -134,7 +147,7 @@ def compare(
     learners:dict, # Name -> trained `Learner`, or a list of those of several seeds
     teacher:str='teacher', # Name of the one to agree with, if it is there
     baseline:str=None, # Name of the one from which gains are counted, seed by seed
-    dl=None, # Where to measure quality, in order though it may shuffle; each learner's `dls.valid` by default
+    dl=None, # Where to measure, by the names of its classes, in order though it may shuffle; by default `dls.valid`
     batch_sizes:tuple=(1,64), # For the time of a forward pass, each on the learner's device
     n:int=30, # Forward passes to time
 ) -> Comparison: # A row for each; ± is the standard deviation over seeds, of times half the middle half

@@ -14,6 +14,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.torch_core import maybe_gather, num_distrib
 from .data import alike, describe_data, one_class_each
 from .labels import task_ignores
+from .teacher import classes_of
 
 # %% ../nbs/concerns.ipynb #8fb26bac
 all_concerns = {}   # Name -> function
@@ -41,7 +42,8 @@ def concerns(
     return [text for texts in look(batch).values() for text in texts]
 
 # %% ../nbs/concerns.ipynb #508b1b59
-_cures = dict(classes='its logits stand for other classes', size='`Teacher(model, input_tfm=...)` can resize them')
+_cures = dict(tokens='`Teacher(model, input_tfm=...)` can translate their numbers',
+              size='`Teacher(model, input_tfm=...)` can resize them')
 
 @concern
 def other_data(
@@ -51,10 +53,9 @@ def other_data(
     return [text for a in batch.teachers.asked for text in _other_data(a, describe_data(batch.learn.dls))]
 
 def _other_data(asked, student):
+    if asked.teacher.input_tfm is not None: return []
     data = asked.teacher.data
-    facts = [k for k in data if k in student and not alike(data[k], student[k])]
-    if asked.teacher.input_tfm is not None: facts = [k for k in facts if k == 'classes']
-    if not asked.judged: facts = [k for k in facts if k != 'classes']
+    facts = [k for k in data if k != 'classes' and k in student and not alike(data[k], student[k])]
     return [f'The {asked.name} was trained with {k} {_brief(data[k])}, '
             f'but the student\'s batches have {_brief(student[k])}: '
             + _cures.get(k, '`Teacher(model, input_tfm=...)` can normalise them again') for k in facts]
@@ -83,7 +84,8 @@ def says_guessing(
 ) -> str:
     "A sentence on a teacher that is no better than chance"
     return (f'{who} names the class of {k} items of {n}, no more than guessing would: are its classes in '
-            'another order, or does it expect other inputs, which `Teacher(model, input_tfm=...)` can make?')
+            'another order, which `Teacher(model, vocab=...)` would tell, or does it expect other inputs, which '
+            '`Teacher(model, input_tfm=...)` can make?')
 
 @concern
 def guessing(
@@ -92,14 +94,19 @@ def guessing(
     "Does a teacher name the labels no better than chance? Blended labels are not judged"
     if any(isinstance(cb, MixHandler) for cb in batch.learn.cbs): return []
     asked = [(a,answer) for a,answer in zip(batch.teachers.asked, batch.answers) if a.judged and answer is not None]
-    # one that follows the student began as the student
-    return [text for a,answer in asked if a.teacher.steps is None for text in _guessing(batch, answer, a.name)]
+    return [text for a,answer in asked if not _stands_for_others(batch, a) for text in _guessing(batch, answer, a.name)]
+
+def _stands_for_others(batch, asked):
+    "Did the teacher begin as the student, or are logits of other classes left as they are, as losses see features?"
+    if asked.teacher.steps is not None: return True
+    return asked.on_features and not classes_of(batch.learn.dls).are_those_of(asked.teacher)
 
 def _guessing(batch, answer, name):
     if (found := one_class_each(answer, batch.yb[0], task_ignores(batch.learn))) is None: return []
     answer,y = found
     k,n = (answer.argmax(1) == y).sum().item(),len(y)
     return [says_guessing(k, n, f'The {name}')] if no_better_than_chance(k, n, answer.shape[1]) else []
+
 
 # %% ../nbs/concerns.ipynb #e08bb778
 @concern

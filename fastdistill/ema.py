@@ -101,6 +101,7 @@ class EMATeacher(Teacher):
 @patch
 def start_for(self:EMATeacher,
     learn, # The learner whose batches will come
+    terms:list=None, # `Match`es that it will be asked for
 ):
     "Take the average of this student, or make one; raises `ValueError` where a saved one does not fit"
     self.data = describe_data(learn.dls)
@@ -108,7 +109,7 @@ def start_for(self:EMATeacher,
     if is_trial(learn): self._trial = self._average_for(learn, self._trial)
     else: self._kept,self._saved = self._average_for(learn, None if self._saved else self._kept),None
     if self.model is not found: end_use(found, self)
-    super(EMATeacher, self).start_for(learn)
+    super(EMATeacher, self).start_for(learn, terms)
 
 @patch
 def _average_for(self:EMATeacher, learn, average):

@@ -12,7 +12,7 @@ from copy import copy, deepcopy
 from fastcore.basics import patch
 from fastcore.xtras import is_listy, modify_exception
 from .layers import FeatureHooks, get_model_layers, unwrap_model
-from .teacher import Teacher
+from .teacher import classes_of, Teacher
 from torch import nn, Tensor
 
 # %% ../nbs/ensemble.ipynb #e142baae
@@ -30,6 +30,7 @@ class Ensemble(Teacher):
             raise ValueError('Expected networks that stay as they are, but got one that follows the student: '
                              'it can only be a teacher alone')
         self.weights = _shares(weights, len(self.teachers))
+        self.data = next(({'classes':t.data['classes']} for t in self.teachers if 'classes' in t.data), {})
 
     @property
     def model(self) -> nn.Module: # Its layers are called `models.0.layer1`, `models.1.layer1`, ...
@@ -75,16 +76,33 @@ def as_teacher(
 def start(self:Ensemble,
     device, # Device on which batches will come
     reset:bool=False, # Forget the hidden state of recurrent models?
+    classes=None, # The student's `Classes`, to which each of them is aligned; as they are by default
 ):
-    "Start each of the teachers"
-    for t in self.teachers: t.start(device, reset)
+    "Start each of the teachers; raises as `Teacher.start`, and where nothing tells how to align them"
+    if classes is not None: _check_alike(self.teachers, classes.names)
+    for t in self.teachers: t.start(device, reset, classes)
 
 @patch
 def start_for(self:Ensemble,
     learn, # The learner whose batches will come
+    terms:list=None, # `Match`es that compare it with this teacher; by default logits are compared
 ):
     "Start each of them for the learner"
-    for t in self.teachers: t.start_for(learn)
+    _check_alike(self.teachers, classes_of(getattr(learn, 'dls', None)).names)
+    for t in self.teachers: t.start_for(learn, terms)
+
+def _check_alike(teachers, names):
+    "Without names of the student's classes, the mean needs teachers whose classes stand in one order"
+    if names is not None: return
+    orders = dict.fromkeys(tuple(t.data['classes']) for t in teachers if 'classes' in t.data)     # in their order
+    if len(orders) > 1:
+        raise ValueError('Expected teachers with the same classes in one order, or a student whose `dls.vocab` has its '
+                         'classes, but got ' + ' and '.join(str(list(o)[:10]) for o in orders))
+
+@patch(as_prop=True)
+def alignments(self:Ensemble) -> list: # Of `Alignment`s
+    "What is done to the logits of each of them"
+    return [a for t in self.teachers for a in t.alignments]
 
 @patch
 def stop(self:Ensemble):

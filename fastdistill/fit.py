@@ -175,6 +175,7 @@ def set_loss(self:Fit):
 def _look_at_first_batch(self:Fit):
     self._record()
     if is_trial(self.learn) or rank_distrib(): return
+    for alignment in self.teachers.alignments: print(alignment)
     for text in concerns(self.batch): warnings.warn(text)
 
 # %% ../nbs/fit.ipynb #e20cf884

@@ -20,7 +20,7 @@ from .data import ignored_label
 from .items import answer_items, decode_items, in_order, split_batch
 from .layers import FeatureHooks
 from .losses.features import Attention
-from .measure import TeacherModule
+from .measure import started, TeacherModule
 from .plots import no_formulas, plot_bars, plot_counts, show_item
 from .ensemble import as_teacher
 from .untouched import untouched
@@ -38,10 +38,11 @@ class DistillationInterpretation(ClassificationInterpretation):
     ):
         "Let all of them answer the same items, in order; raises `ValueError` unless these have one class each"
         dl = in_order(student.dls[ds_idx] if dl is None else dl)
-        if not isinstance(teacher, Learner):
-            teacher = Learner(student.dls, TeacherModule(as_teacher(teacher)), loss_func=student.loss_func)
-        learners = dict(teacher=teacher, student=student) | ({} if scratch is None else dict(scratch=scratch))
-        ignore,(logits,targ) = ignored_label(student.loss_func),answer_items(learners, dl)
+        answers = as_teacher(teacher)
+        aligned = Learner(student.dls, TeacherModule(answers), loss_func=student.loss_func)
+        learners = dict(teacher=aligned, student=student) | ({} if scratch is None else dict(scratch=scratch))
+        with started(answers, student): logits,targ = answer_items(learners, dl)
+        ignore,teacher = ignored_label(student.loss_func),teacher if isinstance(teacher, Learner) else aligned
         self = cls(student, dl, F.cross_entropy(logits['student'], targ, ignore_index=ignore, reduction='none'))
         self.teacher,self.logits,self.targ,self.ignore = teacher,logits,targ,ignore
         return self

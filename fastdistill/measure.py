@@ -99,13 +99,13 @@ class TeacherModule(nn.Module):
         return self.teacher(*xb)
 
 # %% ../nbs/measure.ipynb #6fe5d94f
-def _in_form(pred, logits, out=None):
-    "The teacher's answer in the form of `pred`: `out` if it has this form, else the logits, other parts being `None`"
+def in_form(pred, logits, out=None):
+    "A model's answer in the form of `pred`: `out` if it has this form, else the logits, other parts being `None`"
     if isinstance(pred, Tensor): return logits
     if type(out) is type(pred) and (not is_listy(pred) or len(out) == len(pred)): return out
     if isinstance(pred, Mapping): return type(pred)(logits=logits)
     if is_listy(pred):
-        parts = _in_form(pred[0], logits),*[None]*(len(pred)-1)
+        parts = in_form(pred[0], logits),*[None]*(len(pred)-1)
         return type(pred)(*parts) if hasattr(pred, '_fields') else type(pred)(parts)
     pred = copy(pred)
     vars(pred).update(dict.fromkeys(vars(pred)), logits=logits)
@@ -116,10 +116,12 @@ def _in_form(pred, logits, out=None):
 def started(
     teacher:Teacher, # A teacher that has a network
     learn:Learner, # The learner whose batches it will answer
+    terms:list=None, # `Match`es that compare both; by default logits are compared
 ):
-    "Start `teacher` on the device of `learn`, and stop it at the end; its hidden state is reset if the student's is"
-    teacher.start_for(learn)
-    try: yield teacher
+    "Start `teacher` for `learn`, on its device and for its classes, and stop it at the end"
+    try:
+        teacher.start_for(learn, terms)
+        yield teacher
     finally: teacher.stop()
 
 # %% ../nbs/measure.ipynb #b8a661a8
@@ -135,7 +137,8 @@ class _TeacherAnswers(Callback):
         try: logits = self.teacher(*self.xb)
         finally:
             if hook: hook.remove()
-        self.learn.pred = _in_form(self.pred, logits, *found)
+        found = [o for o in found if torch.equal(get_logits(o), logits)]     # not where classes were aligned
+        self.learn.pred = in_form(self.pred, logits, *found)
 
 class _Right(Metric):
     "Of the items that have one class each: how many predictions are right, how many items, how many classes"

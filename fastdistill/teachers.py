@@ -86,7 +86,7 @@ def start_for(self:Teachers,
     learn, # The learner whose batches will come
 ):
     "Start each of them; `stop` undoes it, also after an error"
-    for t in self: t.start_for(learn)
+    for a in self.asked: a.teacher.start_for(learn, a.terms)
     for a in self.asked:
         if not self._may_stop(a): a.may_stop = False
 
@@ -96,6 +96,11 @@ def _may_stop(self:Teachers, a):
     t,others = a.teacher,[o for o in self if o is not a.teacher]
     return (t.live and a.on_features and not is_compiled(t.model)
             and not any(have_parts_in_common(t.model, o.model) for o in others))
+
+@patch(as_prop=True)
+def alignments(self:Teachers) -> list: # Of `Alignment`s, while started
+    "What each of them does to have the student's classes"
+    return [o for t in self for o in t.alignments]
 
 @patch
 def stop(self:Teachers,

@@ -130,7 +130,8 @@ def test_data_that_differ(trained):
     assert sum('normalise them again' in w for w in shifted.warnings) == 1 and shifted.data.same['mean'] == 'no'
     assert not any('normalise' in w for w in check(normalised(0.), normalised(.1), input_tfm=lambda x: x+.1).warnings)
     other = check(normalised(0.), normalised(0., 'bca'))
-    assert any('other classes' in w for w in other.warnings)
+    assert not any('trained with classes' in w for w in other.warnings) and other.data.same['classes'] == 'by name'
+    assert any('another order' in w for w in other.warnings)     # the names are wrong: this teacher knew them in the student's order
     assert check(data(256, 64), normalised(0.)).data.same.tolist() == ['not known']*3
 
 def test_what_the_fit_raises_the_check_raises(trained):

@@ -23,7 +23,7 @@ def test_tables(tmp_path):
                                      y_block=Category(), bs=8, valid_idx=range(32,40))
     teacher = tabular_learner(dls, layers=[20])
     rec = record_teacher(teacher, dls, tmp_path/'r', dtype=torch.float32)
-    assert rec.header['any_order'] and rec.header['setup']['classes'] == ['no','yes']
+    assert rec.header['any_order'] and rec.header['vocab'] == ['no','yes']
     student = tabular_learner(dls, layers=[5])
     with student.no_bar(), student.no_logging(): student.fit(2, cbs=KnowledgeDistillationCallback(rec))
     dls.train.items['a'] += 1

@@ -21,6 +21,7 @@ from .session import RecordingSession
 from ..ensemble import as_teacher
 from ..losses.predictions import SoftTarget
 from ..objective import Objective
+from ..teacher import classes_of
 
 # %% ../../nbs/recording/record.ipynb #0361cc64
 def record_teacher(
@@ -48,24 +49,26 @@ def record_teacher(
             teacher = as_teacher(teacher)
             if not teacher.live or teacher.steps is not None:
                 raise ValueError(f'Expected networks that stay as they are to record, but got {teacher}')
-            kept = _needed(teacher, loss, student_layers, teacher_layers, reduce)
-            session = RecordingSession(teacher, dls, seed, resets, kept, cbs, processes)
+            terms = _terms(teacher, loss, student_layers, teacher_layers)
+            kept,classes = kept_for(terms, reduce),classes_of(dls, terms)
+            session = RecordingSession(teacher, dls, seed, resets, kept, cbs, processes, classes)
             undo.enter_context(session.answers_to)
             undo.callback(teacher.stop)
             undo.enter_context(_as_found(dls.train, seed))
             session.look()
+            for alignment in teacher.alignments*processes.is_first: print(alignment)
             header = session.header(n_epoch, dtype, topk, axis, first_epoch)
         session.record(Path(path), header)
     return None if first_epoch else TeacherRecording(path)
 
-def _needed(teacher, loss, student_layers, teacher_layers, reduce):
-    "What an objective needs of the teacher: those terms that ask it"
+def _terms(teacher, loss, student_layers, teacher_layers):
+    "The terms of an objective that ask the teacher"
     if not isinstance(loss, Objective): loss = Objective(loss, student_layers or teacher_layers, teacher_layers)
     loss = copy(loss)
     loss.terms = loss.of_teacher(teacher)
     if not loss.terms: raise ValueError(f'Expected a loss that asks {teacher}, but each `Match` names another teacher')
     loss.check_teacher(teacher)
-    return kept_for(loss.terms, reduce)
+    return loss.terms
 
 @contextmanager
 def _as_found(dl, seed):

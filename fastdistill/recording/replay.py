@@ -33,14 +33,19 @@ class TeacherRecording(Teacher):
         self.folders = open_folders([self.path] if is_one else self.path)
         self.header = {**self.folders[0].header, 'n_epoch':sum(files.header['n_epoch'] for files in self.folders)}
         self.kept = self.folders[0].kept
+        if self.header.get('vocab'): self.data = {'classes':self.header['vocab']}
         self._in_no_fit()
 
     def _in_no_fit(self):
+        self.align = None
         self.epoch,self.blends = None,[]     # of the running epoch: its batches, what blends them
         self.values,self.in_use = {},[]      # what was read of the running batch, and what its fit compares, by number
 
-    def start(self, device, reset=False):
-        "There is nothing to start"
+    def start(self, device, reset=False, classes=None):
+        "Logits are aligned with the student's `Classes`; there is nothing else to start"
+        self.align = None if classes is None else classes.align(self)
+    @property
+    def alignments(self) -> list: return [] if self.align is None else [self.align]
     def answers_for(self, other):
         "Has the other recording the same folders?"
         return type(self) is type(other) and self.path == other.path
@@ -51,7 +56,10 @@ class TeacherRecording(Teacher):
         "What a term compares, in the place of hooks"
         return RecordedFeatures(self, m)
     def stop(self):
-        "Forget the batches"
+        "Forget the batches, and the student's classes"
+        self._forget_batches()
+        self.align = None
+    def _forget_batches(self):
         for b in self.blends: b.remove()
         self.epoch,self.blends,self.values = None,[],{}
     def choose(self, *xb):
@@ -80,13 +88,13 @@ def batches(self:TeacherRecording,
     learn, # The learner at the start of an epoch
 ): # Its batches
     "The batches of this epoch as they were recorded; `ValueError` if they are not available"
-    self.stop()
+    self._forget_batches()
     (dl,process),running = loader_of(learn.dl),epoch_of(learn.dl)
     check_loader(dl)
     _check_processes(learn, **process)
     check_blends(learn, self)
     h = self.header
-    if d := differences(h['setup'], setup_of(learn.dls, dl, h['any_order'])):
+    if d := differences(h['setup'], setup_of(learn.dls, dl, h['any_order'], 'classes' in self.data)):
         raise ValueError(f'{self} was made with other batches. {d}')
     if running is not None:     # another recording of this fit came first, and has the blends seeded
         check_together(self, running.recording, learn.n_epoch)
@@ -127,7 +135,8 @@ def __call__(self:TeacherRecording,
     "Read what the teacher answered; `ValueError` where the file is damaged"
     files,rows,device = self.files,self._rows,leaves(xb)[0].device
     self.values = {i:_read(files, rows, i, device) for i in sorted({*self.in_use})}
-    return next((v for i,v in self.values.items() if self.kept[i].layer is None), None)
+    logits = next((v for i,v in self.values.items() if self.kept[i].layer is None), None)
+    return logits if logits is None or self.align is None else self.align(logits)
 
 def _read(files, rows, i, device):
     arrays,whole = files.read(rows, i)

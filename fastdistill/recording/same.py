@@ -10,9 +10,9 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 import torch
 from fastai.data.load import DataLoader
-from fastcore.xtras import is_listy
 from .batches import has_own_way, inputs_of, is_stream, seeded
 from .fingerprints import checksums
+from ..data import describe_data
 
 # %% ../../nbs/recording/same.ipynb #e80075eb
 def same_in_any_order(
@@ -33,17 +33,13 @@ def setup_of(
     dls, # `DataLoaders`
     dl, # The loader of the training set
     any_order:bool, # May items come in any order?
+    named:bool=False, # Are the classes of the recorded logits known? They are then aligned by name
 ) -> dict:
     "What has to be the same when a recording is replayed"
-    res = dict(items=dl.n, classes=_classes(dls))
+    res = dict(items=dl.n)
+    if not named: res['classes'] = describe_data(dls).get('classes', [])
     if any_order: return res
     return {**res, 'batch size':dl.bs, 'batches':len(dl), 'shuffle':dl.shuffle, 'drop_last':dl.drop_last}
-
-def _classes(dls):
-    "The classes as text, where the loaders know them"
-    vocab = list(getattr(dls, 'vocab', None) or [])
-    if vocab and is_listy(vocab[-1]): vocab = list(vocab[-1])     # with texts, the vocabulary of words comes first
-    return [str(o) for o in vocab]
 
 def differences(
     recorded:dict, # As the header has it

@@ -20,6 +20,7 @@ from .fingerprints import checksums, digest_header, digest_model, leaves
 from .kept import describe_kept, Kept, KeptHooks
 from .processes import Processes
 from .same import check_inputs, differences, environment_of, same_in_any_order, setup_of
+from ..classes import Classes
 
 # %% ../../nbs/recording/session.ipynb #8804685c
 class RecordingSession:
@@ -32,7 +33,9 @@ class RecordingSession:
         kept:list=(Kept(),), # What is kept of the teacher's forward passes; its logits by default
         cbs=None, # Callbacks that blend inputs
         processes:Processes=None, # Those that record together
+        classes:Classes=None, # Those of the data, to which logits are aligned; `None` if only features are kept
     ):
+        self.classes = classes
         self.teacher,self.dls,self.seed,self.resets,self.kept = teacher,dls,seed,resets,list(kept)
         self.blends,self.processes = Blends(cbs),processes or Processes()
         # how far answers may be from recorded ones; asked now, before a teacher with `fast=True` chooses its precision
@@ -47,12 +50,17 @@ class RecordingSession:
         "Ask the teacher about the first batch of an epoch"
         epoch = Seeded(dl, self.seed, n)
         xb = self.blends.inputs(self.dls, next(iter(epoch)), epoch)
-        self.teacher.start(leaves(xb)[0].device, self.resets)
+        self.start(leaves(xb)[0].device)
         answers = self.answers_to(*xb)
         for k,a in zip(self.kept, answers):
             k.check(a, len(leaves(xb)[0]))
             check_finite(a)
         return xb,answers
+
+@patch
+def start(self:RecordingSession, device):
+    "Start the teacher on `device`; one with a hidden state starts anew"
+    self.teacher.start(device, self.resets, self.classes)
 
 def _same(answers, others):
     "Are these the same answers, but for small differences?"
@@ -90,7 +98,7 @@ def _look_in_batches(self:RecordingSession):
     "Take the loader itself; `ValueError` where the teacher answers its first batch in two ways"
     self.dl = self.dls.train
     self.xb,self.answers = self.ask(self.dl)
-    self.teacher.start(leaves(self.xb)[0].device, self.resets)
+    self.start(leaves(self.xb)[0].device)
     if _same(self.answers_to(*self.xb), self.answers): return
     raise ValueError(f'The teacher {self.teacher} answers the same batch differently when it is asked again, '
                      'so its answers cannot be recorded. Switch off what it draws at random. '
@@ -112,13 +120,21 @@ def header(self:RecordingSession,
     if topk and not any(k.layer is None for k in self.kept):
         raise ValueError(f'Expected topk only where predictions are recorded, but these losses need {self.kept}')
     def stored(k, a): return AnswerFormat(a.shape[1:], dtype or choose_dtype(a), None if k.layer else topk, axis)
+    vocab = self._vocab()
     return dict(
-        teacher=repr(self.teacher), weights=digest_model(self.teacher.model),
+        vocab=vocab, teacher=repr(self.teacher), weights=digest_model(self.teacher.model),
         n_epoch=1 if self.any_order else n_epoch, first_epoch=first_epoch, rows=items_per_epoch(self.dl, self.seed),
         any_order=self.any_order, seed=self.seed, blends=self.blends.texts,
         inputs=digest_header(dict(inputs=checksums(*self.xb).tolist()))[:16],
         answers=[{**k.header, **stored(k, a).header} for k,a in zip(self.kept, self.answers)],
-        setup=setup_of(self.dls, self.dls.train, self.any_order), environment=environment_of(self.dl), whole=False)
+        setup=setup_of(self.dls, self.dls.train, self.any_order, vocab is not None),
+        environment=environment_of(self.dl), whole=False)
+
+@patch
+def _vocab(self:RecordingSession):
+    "Names of the classes of the recorded logits, if the teacher's are known"
+    if self.classes is None or 'classes' not in self.teacher.data: return None
+    return self.classes.names or self.teacher.data['classes']
 
 def describe_header(
     h:dict, # Header
@@ -147,7 +163,7 @@ def batches(self:RecordingSession,
         if all(map(done, rows())):
             yield from ((r,None,True) for r in rows())
             continue
-        if self.resets: self.teacher.start(self.teacher.device, True)
+        if self.resets: self.start(self.teacher.device)
         for r,b in zip(rows(), epoch): yield r,self.blends.inputs(self.dls, b, epoch),done(r)
 
 # %% ../../nbs/recording/session.ipynb #03c91ba8
