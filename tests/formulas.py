@@ -4,6 +4,7 @@
 """
 import inspect
 import numpy as np
+import torch
 from scipy.special import rel_entr
 
 formulas = {}     # name of a loss -> its formula
@@ -88,6 +89,15 @@ def teacher_bounded(s, t, y, margin):
     errors = [(((a-c)**2).sum(),((b-c)**2).sum()) for a,b,c in zip(s, t, y)]
     return np.mean([e_s if e_s+margin > e_t else 0. for e_s,e_t in errors])
 
+@formula_of('MultiLevel')
+def multi_level(s, t, temperatures, batch, classes, standardize=False):
+    def gram(x): return np.array([[(a*b).sum() for b in x] for a in x])
+    def apart(p, q): return ((gram(p)-gram(q))**2).sum()/len(p)
+    def at(T):
+        p,q = (np.array([softmax(r, T) for r in x]) for x in (t,s))
+        return batch*apart(p, q) + classes*apart(p.T, q.T)
+    return sum(soft_target(s, t, T, standardize) + at(T) for T in temperatures)
+
 # --- on features: maps (B, C, H, W), sequences (B, N, C), vectors (B, C) ---
 
 def pool(fm, h, w):
@@ -142,6 +152,30 @@ def vid(s, t, eps, built):
 def channel_wise(s, t, T):
     s,t = map(positions, same_size(s, t))
     return T**2 * np.mean([kl(softmax(j[:,c], T), softmax(i[:,c], T)) for i,j in zip(s, t) for c in range(s.shape[2])])
+
+@formula_of('NST')
+def nst(s, t):
+    s,t = map(positions, same_size(s, t))
+    def units(x): return [c/np.sqrt((c**2).sum()) if c.any() else c for c in x.T]
+    def k(xs, ys): return np.mean([(a@b)**2 for a in xs for b in ys])
+    return np.mean([k(a, a) + k(b, b) - 2*k(a, b) for a,b in ((units(i), units(j)) for i,j in zip(s, t))])
+
+def convolved(x, w, b):
+    "The sum over a window of the weights' size, 0 beyond the edges"
+    k = w.shape[2]//2
+    x = np.pad(x, ((0,0),(0,0),(k,k),(k,k)))
+    H,W = (n-2*k for n in x.shape[2:])
+    return np.array([[[[(item[:,i:i+2*k+1,j:j+2*k+1]*o).sum() + c for j in range(W)] for i in range(H)] for o,c in zip(w, b)] for item in x])
+
+@formula_of('MGD')
+def mgd(s, t, mask, channels, built):
+    "With the mask of the seed 0, see `built` in loss_cases.py"
+    s,t = same_size(s, t)
+    if 'align.weight' in built: s = convolved(s, built['align.weight'], built['align.bias'])
+    drawn = torch.rand((*s.shape[:2],1,1) if channels else (len(s),1,*s.shape[2:]), generator=torch.Generator().manual_seed(0)).numpy()
+    x = np.where(drawn < mask, 0, s)
+    x = np.maximum(convolved(x, built['generate.0.weight'], built['generate.0.bias']), 0)
+    return np.mean((convolved(x, built['generate.2.weight'], built['generate.2.bias'])-t)**2)
 
 # --- on relations within the batch ---
 

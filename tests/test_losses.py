@@ -113,7 +113,8 @@ def test_how_losses_are_printed():
 # --- each against its formula ---
 
 variants = registered + [SoftTarget(standardize=True), DecoupledKD(alpha=.5, beta=3), DecoupledKD(standardize=True), NormalizedKD(gamma=2.5), DIST(beta=2, gamma=.5),
-                         TeacherBounded(.5), Attention(3), ActivationBoundaries(1.5), VID(init_variance=3), RKD(7, 0), RKD(0, 3)]
+                         TeacherBounded(.5), Attention(3), ActivationBoundaries(1.5), VID(init_variance=3), RKD(7, 0), RKD(0, 3),
+                         MultiLevel((1,3.5), batch=2, classes=.5), MultiLevel(standardize=True), MGD(.7), MGD(.3, channels=True)]
 
 def at_temperature(loss, T):
     "A copy of it at this temperature, where it has one"
@@ -350,6 +351,8 @@ x4,x3,x2 = torch.ones(2,3,4,4),torch.ones(2,4,3),torch.ones(2,3)
     (lambda: VID(init_variance=0), 'init_variance=0'), (lambda: VID(eps=0), 'eps=0'), (lambda: RKD(distance=-1), 'distance=-1'), (lambda: RKD(angle=-1), 'angle=-1'), (lambda: PKT(0), 'eps=0'),
     *[(lambda l=l: l()(torch.ones(2,1), torch.ones(2,1), *labels(l(), torch.ones(2,1))), '2 classes.*MultiLabelSoftTarget.*TeacherBounded') for l in classes(single_label=True)],
     *[(lambda l=l, T=T: l(T=T), f'above 0, but got T={T}') for l in registered_losses.values() if loss_needs(l()).T for T in (0,-1,float('nan'),float('inf'))],
+    (lambda: MultiLevel(()), 'at least one temperature'), (lambda: MultiLevel((2,0)), 'temperature=0'), (lambda: MultiLevel(batch=-1), 'batch=-1'), (lambda: MultiLevel(classes=-1), 'classes=-1'),
+    (lambda: MultiLevel(standardize=True)(torch.ones(2,2), torch.ones(2,2)), 'at least 3 classes'), *[(lambda m=m: MGD(m), f'below 1, but got mask={m}') for m in (1,-.1,float('nan'))],
     (lambda: SoftTarget()(torch.ones(3), torch.ones(3)), 'Expected logits of one shape'),
     (lambda: SoftTarget(standardize=True)(torch.ones(2,2), torch.ones(2,2)), 'at least 3 classes'), (lambda: DecoupledKD(standardize=True)(torch.ones(2,2), torch.ones(2,2), torch.ones(2).long()), 'at least 3 classes'),
     (lambda: Logits()(torch.ones(2,1), torch.ones(2,4)), r'student \(2, 1\) and teacher \(2, 4\)'), (lambda: MultiLabelSoftTarget()(x2, torch.ones(2,1)), 'one shape'),
@@ -364,7 +367,7 @@ x4,x3,x2 = torch.ones(2,3,4,4),torch.ones(2,4,3),torch.ones(2,3)
     *[(lambda l=l: l()(x3, torch.ones(2,5,3)), 'same number of tokens') for l in [FitNet, *classes(same_channels=True)] if 3 in loss_needs(l).kinds],
     *[(lambda l=l, k=k: too_few(l(), k, positions=1), f'at least {loss_needs(l).least_positions} positions.*earlier layer') for l in features if loss_needs(l).least_positions > 1 for k in loss_needs(l).kinds],
     *[(lambda l=l, k=k: too_few(l(), k, items=1), f'at least {loss_needs(l).least_items} items.*drop_last') for l in registered_losses.values() if loss_needs(l).least_items > 1 for k in kinds(l())],
-    *[(lambda l=l: l(x4, x4), r'build\(student, teacher\)') for l in (VID(), Projected(nn.MSELoss()))], (lambda: VID().build(x4, x3), 'same batch'), (lambda: create_projector(x4, x2), 'same batch')])
+    *[(lambda l=l: l(x4, x4), r'build\(student, teacher\)') for l in (VID(), MGD(), Projected(nn.MSELoss()))], (lambda: VID().build(x4, x3), 'same batch'), (lambda: create_projector(x4, x2), 'same batch')])
 def test_bad_input(make, msg):
     with pytest.raises(ValueError, match=f'(?s){msg}'): make()
 
