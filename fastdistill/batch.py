@@ -23,9 +23,10 @@ class Batch:
         trained, # Its losses that train
         hooks:list, # For each term a pair of `FeatureHooks`, the student's and the teacher's
         answer:Tensor, # The teacher's logits; `None` if all terms compare features and its forward pass ended early
+        items:Tensor=None, # Numbers of the items in the training set, (B,), where a loss needs them
     ):
         self.learn,self.objective,self.teacher,self.trained = learn,objective,teacher,trained
-        self.hooks,self.answer,self.sent,self.parts = hooks,answer,None,{}
+        self.hooks,self.answer,self.items,self.sent,self.parts = hooks,answer,items,None,{}
 
     @property
     def xb(self) -> tuple: return self.learn.xb
@@ -53,16 +54,18 @@ class Batch:
         return labels_for_losses(self.learn) if any(m.needs.needs_targ for m in self.objective.terms) else []
 
     def _each_term(self):
-        losses = self.trained.for_batch(self.objective.terms, self.features, self.learn.model)
-        return zip(self.objective.terms, self.features, losses, self.reduced)
+        n = None if self.items is None else len(self.learn.dl.dataset)
+        losses = self.trained.for_batch(self.objective.terms, self.features, self.learn.model, n)
+        for m,f,l,reduced in zip(self.objective.terms, self.features, losses, self.reduced):
+            yield m,(*f,*self.labels),dict(items=self.items, losses=l, reduced=reduced)
 
     def terms(self) -> list: # Scalars
         "The terms of the distillation loss, each with its weight among the others"
-        return [m(*f, *self.labels, losses=l, reduced=r) for m,f,l,r in self._each_term()]
+        return [m(*args, **kwargs) for m,args,kwargs in self._each_term()]
 
     def compare(self) -> list: # For each term a list of scalars, one for each pair of layers
         "The loss of each pair, not weighted"
-        return [m.compare(*f, *self.labels, losses=l, reduced=r) for m,f,l,r in self._each_term()]
+        return [m.compare(*args, **kwargs) for m,args,kwargs in self._each_term()]
 
     def send(self,
         task_loss:Tensor, # Scalar

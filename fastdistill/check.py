@@ -19,6 +19,7 @@ from torch import nn
 from .callback import KnowledgeDistillationCallback
 from .concerns import look, no_better_than_chance, says_guessing
 from .data import alike, describe_data
+from .layers import input_of
 from .matching import layer_shapes
 from .measure import comp_for, model_size, started, time_forward, validate_teacher
 from .objective import Objective
@@ -47,10 +48,13 @@ def _pairs(m, reduced, s, t):
     "For each pair of features that `m` compares: their layers and shapes, and what makes the shapes equal"
     names = m.calls(m.student_layers or [''], m.teacher_layers or [''])
     for (a,b),(fs,ft) in zip(names, m.calls(s, t)):
-        pooled = a and fs.ndim == ft.ndim == 4 and fs.shape[2:] != ft.shape[2:]
+        pooled = a and not m.needs.all_layers and fs.ndim == ft.ndim == 4 and fs.shape[2:] != ft.shape[2:]
         adapted = ['projector']*bool(a and m.needs.builds) + ['pooled']*bool(pooled) + [m.needs.reduction]*reduced
-        yield {'student layer':a, 'shape':tuple(fs.shape[1:]), 'teacher layer':b, 'shape ':tuple(ft.shape[1:]),
-               'adapted':', '.join(adapted)}
+        yield {'student layer':_brief(a), 'shape':_item_shape(fs), 'teacher layer':_brief(b),
+               'shape ':_item_shape(ft), 'adapted':', '.join(adapted)}
+
+def _brief(names): return names if isinstance(names, str) else ', '.join(names)
+def _item_shape(x): return list(map(_item_shape, x)) if isinstance(x, list) else tuple(x.shape[1:])
 
 def _table(rows):
     table = pd.DataFrame(rows)
@@ -143,7 +147,9 @@ def distant_layers(
     most:float=0.4, # The largest distance that is no concern, as a share of the depth
 ) -> list: # Texts
     "Are there pairs of layers that are far apart?"
-    pairs = {p for m in terms for p in m.calls(m.student_layers, m.teacher_layers)}
+    def layers(names): return [n.removesuffix(input_of) for n in names]
+    same = [m for m in terms if len(m.student_layers) == len(m.teacher_layers)]     # else nobody knows the pairs
+    pairs = {p for m in same for p in zip(layers(m.student_layers), layers(m.teacher_layers))}
     if not (pairs and teacher.live): return []
     xb_t = xb if teacher.input_tfm is None else teacher.input_tfm(*xb)
     s,t = (layer_shapes(*o).set_index('layer').depth for o in ((student, xb), (teacher.model, xb_t)))

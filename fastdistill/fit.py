@@ -19,6 +19,7 @@ from fastcore.xtras import modify_exception
 from torch import Tensor
 from .batch import Batch
 from .concerns import check_finite, concerns
+from .data import get_logits
 from .epoch import Epoch, check_teacher
 from .labels import check_labels
 from .layers import is_compiled, unwrap_model
@@ -151,7 +152,8 @@ def ask_teacher(self:Fit):
     teacher.check(*xb)
     if teacher.choose(*xb):
         for h in epoch.teacher_hooks: h.clear()
-    self.batch = Batch(self.learn, self.objective, teacher, self.kd.trained, epoch.hooks, self._answer(xb))
+    items = epoch.items and epoch.items(self.learn.iter, get_logits(self.learn.pred))
+    self.batch = Batch(self.learn, self.objective, teacher, self.kd.trained, epoch.hooks, self._answer(xb), items)
 
 @patch
 def _answer(self:Fit, xb):

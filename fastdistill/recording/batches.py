@@ -199,6 +199,10 @@ class Numbered(GetAttr):
         bs = self.dl.bs
         return np.array(self.idxs[i*bs:(i+1)*bs])
 
+    def item_numbers(self) -> list:
+        "Which items of the training set are in the last batch"
+        return self.idxs[self.i*self.dl.bs:(self.i+1)*self.dl.bs]
+
 def distributed_loader(): # A class, or `None`
     "fastai's `DistributedDL` where it is in use; it is not imported here, because it needs accelerate"
     return getattr(sys.modules.get('fastai.distributed'), 'DistributedDL', None)
@@ -247,7 +251,11 @@ class Seeded(Numbered):
         dl = copy_loader(dl, self.device)
         dl.rng = random.Random(self.seed_of('order'))
         dl.sample,dl.after_batch = Items(dl, names, self.share),BatchTransforms(dl, names, self.share)
+        self.opened = dl
         with texts_in_order(dl), closing(iter(dl)) as batches: yield batches
+
+    def item_numbers(self): # Likewise
+        return self.opened._DataLoader__idxs[self.i*self.dl.bs:(self.i+1)*self.dl.bs]
 
     def _load(self, batches, i):
         with seeded(self.seed_of('order'), self.device or self.dl.device): return next(batches, None)
