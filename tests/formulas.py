@@ -177,6 +177,43 @@ def mgd(s, t, mask, channels, built):
     x = np.maximum(convolved(x, built['generate.0.weight'], built['generate.0.bias']), 0)
     return np.mean((convolved(x, built['generate.2.weight'], built['generate.2.bias'])-t)**2)
 
+def normed(x, eps=1e-5):
+    "Batch norm without weight and bias, as it starts"
+    axes = tuple(i for i in range(x.ndim) if i != 1)
+    return (x-x.mean(axes, keepdims=True))/np.sqrt(x.var(axes, keepdims=True)+eps)
+
+def projected(x, w): return normed(np.einsum('oc,bchw->bohw', w[:,:,0,0], x))
+
+@formula_of('OFD')
+def ofd(s, t, built):
+    def of(a, b, m): return (a-b)**2 if b > 0 else max(0, a-max(b, m))**2
+    margin = [c[c<0].mean() if (c<0).any() else -3*c.std() for c in np.moveaxis(t, 1, 0)]
+    s,t = same_size(s, t)
+    s = projected(s, built['projector.0.weight'])
+    return np.mean([of(a, b, m) for i,j in zip(s, t) for c,d,m in zip(i, j, margin) for a,b in zip(c.ravel(), d.ravel())])
+
+def enlarged(x, h, w):
+    "Each position takes the nearest one before it"
+    H,W = x.shape[2:]
+    return np.array([[[[c[i*H//h,j*W//w] for j in range(w)] for i in range(h)] for c in item] for item in x])
+
+def hierarchical(s, t):
+    sizes = [s.shape[2:], *[(n,n) for n in (4,2,1) if n < min(s.shape[2:])]]
+    weights = [1/2**i for i in range(len(sizes))]
+    return sum(w*logits(pool(s, *n), pool(t, *n)) for w,n in zip(weights, sizes))/sum(weights)
+
+@formula_of('ReviewKD')
+def review_kd(s, t, built):
+    "Of two stages that are the same, see `on_a_pair` in loss_cases.py"
+    def get(i, name): return built[f'fusions.{i}.{name}']
+    def compare(i, x): return hierarchical(normed(convolved(x, get(i, 'leave.0.weight'), np.zeros(t.shape[1]))), t)
+    deep = enlarged(projected(s, get(1, 'enter.0.weight')), *t.shape[2:])
+    x = projected(s, get(0, 'enter.0.weight'))
+    back = enlarged(deep, *x.shape[2:])
+    scores = convolved(np.concatenate([x,back], 1), get(0, 'attend.0.weight'), get(0, 'attend.0.bias'))
+    a,b = (1/(1+np.exp(-scores[:,[i]])) for i in (0,1))
+    return compare(1, deep) + compare(0, enlarged(a*x + b*back, *t.shape[2:]))
+
 # --- on relations within the batch ---
 
 @formula_of('Similarity')
@@ -213,3 +250,20 @@ def pkt(s, t, eps):
         k = np.array([[(a@b/np.sqrt((a@a)*(b@b))+1)/2 for b in x] for a in x])
         return np.array([r/r.sum() for r in k])
     return np.mean([p*np.log((p+eps)/(q+eps)) for p,q in zip(table(t).ravel(), table(s).ravel())])
+
+@formula_of('CRD')
+def crd(s, t, negatives, tau, built):
+    "With the negatives of the seed 0, for the items 0, 1, 2, ..., see loss_cases.py"
+    def unit(v): return v/np.sqrt((v**2).sum())
+    s,t = ([unit(built[f'embed_{who}.weight']@v + built[f'embed_{who}.bias']) for v in positions(x).mean(1)]
+           for who,x in (('student',s), ('teacher',t)))
+    def side(xs, memory):
+        def h(a, j): return np.exp(a@memory[j]/tau)/z
+        z = np.mean([sum(np.exp(a@m/tau) for m in memory) for a in xs])
+        noise = negatives/len(memory)
+        def item(i, a): return np.log(h(a, i)/(h(a, i)+noise)) + sum(counts[j]*np.log(noise/(h(a, j)+noise)) for j in range(len(memory)) if j != i)
+        return -np.mean([item(i, a) for i,a in enumerate(xs)])
+    n = len(built['memory_student'])
+    drawn = torch.randint(n, (negatives,), generator=torch.Generator().manual_seed(0)).numpy()
+    counts = [(drawn == j).sum() for j in range(n)]
+    return side(s, built['memory_teacher']) + side(t, built['memory_student'])

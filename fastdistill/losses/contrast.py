@@ -124,7 +124,7 @@ def _check_numbers(self:CRD, items, n):
 
 # %% ../../nbs/losses/contrast.ipynb #bfd11db8
 @patch
-def share(self:CRD,
+def exchange(self:CRD,
     group, # A process group
 ):
     "Take over what all processes of `group` have remembered since the last call"

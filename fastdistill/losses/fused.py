@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .base import FeatureLoss, check_above, full_precision, n_channels
+from .projected import check_varied
 
 # %% ../../nbs/losses/fused.ipynb #c8a078c8
 def _conv(ni, no, size):
@@ -98,6 +99,7 @@ class ReviewKD(FeatureLoss):
         if self.fusions is None: raise ValueError('Expected a loss with fusions: `build(student, teacher)` makes them')
         deeper,losses = None,[]
         for fusion,s,t in reversed(list(zip(self.fusions, fms_student, fms_teacher))):
+            for x in (s,t): check_varied(x)
             out,deeper = fusion(s, deeper, t.shape[2:])
             losses.append(pyramid_loss(out, t))
         return sum(losses)

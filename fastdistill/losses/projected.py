@@ -27,6 +27,13 @@ def create_projector(
     layers = [nn.Conv2d(ni, no, 1, bias=False),nn.BatchNorm2d(no)] if maps else [nn.Linear(ni, no)]
     return nn.Sequential(*layers, *[nn.ReLU()]*relu).to(student)
 
+# %% ../../nbs/losses/projected.ipynb #a5e0c1d7
+def check_varied(fm):
+    "Raise `ValueError` for a map of one value for each channel, of which batch norm cannot tell the deviation"
+    if fm.ndim != 4 or fm.numel() > fm.shape[1]: return
+    raise ValueError('Expected several items or positions, for batch norm to average over, '
+                     f'but got {tuple(fm.shape)}. A last batch of one item can be left out with `drop_last=True`.')
+
 # %% ../../nbs/losses/projected.ipynb #0118ec5d
 class Projected(FeatureLoss, registered=False):
     "A loss on features with a trainable projector before it"
@@ -56,6 +63,7 @@ class Projected(FeatureLoss, registered=False):
             raise ValueError('Expected a loss with a projector: `build(student, teacher)` makes one')
         self.check(fm_student, fm_teacher)
         s,t = same_positions(fm_student, fm_teacher)
+        check_varied(s)
         return self.loss(self.projector(s), t, *targ)
 
     def __repr__(self): return f'Projected({self.loss!r})'
@@ -86,7 +94,9 @@ class FitNet(FeatureLoss):
         "Raises `ValueError` for different kinds of features, and for different channels without a projector"
         check_features(fm_student, fm_teacher, self.kinds, same_channels=self.projector is None)
         s,t = same_positions(fm_student, fm_teacher)
-        return F.mse_loss(s if self.projector is None else self.projector(s), t)
+        if self.projector is None: return F.mse_loss(s, t)
+        check_varied(s)
+        return F.mse_loss(self.projector(s), t)
 
 # %% ../../nbs/losses/projected.ipynb #cdc1bb5e
 class VID(FeatureLoss):
@@ -221,6 +231,7 @@ class OFD(FeatureLoss):
         if self.projector is None:
             raise ValueError('Expected a loss with a projector: `build(student, teacher)` makes one')
         s,t = same_positions(fm_student, fm_teacher)
+        check_varied(s)
         s,least = self.projector(s),torch.maximum(t, self.margin[:,None,None])
         with torch.no_grad(): target = torch.where((t > 0) | (s > least), least.to(s.dtype), s)
         return F.mse_loss(s, target)
