@@ -9,17 +9,18 @@ from fastdistill.losses.base import registered_losses
 
 def randn(seed, *shape, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-def remember_state(loss, _): loss.before = {k:b.clone() for k,b in loss.named_buffers()}
-def restore_state(loss, *_):
-    for k,b in loss.named_buffers(): b.copy_(loss.before[k])
+def memories(loss): return {k:b for k,b in loss.named_buffers() if k.startswith('memory')}
+def keep_memories(loss, _): loss.before = {k:b.clone() for k,b in memories(loss).items()}
+def restore_memories(loss, *_):
+    for k,b in memories(loss).items(): b.copy_(loss.before[k])
 
 def built(loss, s, t):
     "As `Match` does; a call draws the same each time, and remembers nothing"
     if not loss_needs(loss).builds: return loss
     loss = deepcopy(loss).build(s.detach(), t)
     loss.register_forward_pre_hook(lambda *_: torch.manual_seed(0) and None)
-    loss.register_forward_pre_hook(remember_state)
-    loss.register_forward_hook(restore_state)
+    loss.register_forward_pre_hook(keep_memories)
+    loss.register_forward_hook(restore_memories)
     return loss
 def np64(*xs): return [x.detach().double().numpy() for x in xs]
 
