@@ -370,7 +370,10 @@ x4,x3,x2 = torch.ones(2,3,4,4),torch.ones(2,4,3),torch.ones(2,3)
     *[(lambda l=l: l()(x3, torch.ones(2,5,3)), 'same number of tokens') for l in [FitNet, *classes(same_channels=True)] if 3 in loss_needs(l).kinds],
     *[(lambda l=l, k=k: too_few(l(), k, positions=1), f'at least {loss_needs(l).least_positions} positions.*earlier layer') for l in features if loss_needs(l).least_positions > 1 for k in loss_needs(l).kinds],
     *[(lambda l=l, k=k: too_few(l(), k, items=1), f'at least {loss_needs(l).least_items} items.*drop_last') for l in registered_losses.values() if loss_needs(l).least_items > 1 for k in kinds(l())],
-    *[(lambda l=l: l(x4, x4), r'build\(student, teacher\)') for l in (VID(), MGD(), OFD(), one_pair['ReviewKD'](), one_pair['CRD'](), Projected(nn.MSELoss()))], (lambda: VID().build(x4, x3), 'same batch'), (lambda: create_projector(x4, x2), 'same batch')])
+    *[(lambda l=l: l(x4, x4), r'build\(student, teacher\)') for l in (VID(), MGD(), OFD(), one_pair['ReviewKD'](), Projected(nn.MSELoss()))], (lambda: one_pair['CRD']()(x4, x4), r'build\(student, teacher, n_items\)'), (lambda: CRD().build(x4, x4, 1), 'at least 2 items, but got 1'),
+    *[(lambda y=y: CRD().build(x4, x4, 5)(x4, x4, y), m) for y,m in ((torch.tensor([0,5]), 'from 0 to 4, but got 0 to 5'), (torch.tensor([-1,2]), 'got -1 to 2'), (torch.tensor([0]), 'each of 2 items'), (torch.zeros(2), 'each of 2 items'))],
+    (lambda: ReviewKD().build([x4,x4], [x4]), 'but got 2 and 1'), (lambda: ReviewKD().build([], []), 'but got 0 and 0'), (lambda: OFD(nn.BatchNorm2d(4)).build(x4, x4), 'batch norm of 3 channels, but got 4'),
+    (lambda: VID().build(x4, x3), 'same batch'), (lambda: create_projector(x4, x2), 'same batch')])
 def test_bad_input(make, msg):
     with pytest.raises(ValueError, match=f'(?s){msg}'): make()
 

@@ -102,3 +102,15 @@ def test_one_memory_in_two_processes(tmp_path):
         before,after = (a[k][f'memory_{who}'] for k in ('start','end'))
         e = normalize(nn.functional.linear(memory_run.features(who, x), a['start'][f'embed_{who}.weight'], a['start'][f'embed_{who}.bias']))
         torch.testing.assert_close(after, normalize(before + e), rtol=1e-4, atol=1e-5)
+
+def test_a_recording_keeps_vectors_for_the_loss_with_a_memory(teacher, tmp_path):
+    "As with the live teacher, to the last digits"
+    found = []
+    for recorded in (False,True):
+        set_seed(0)
+        dls,args = data(bs=8, shuffle=False),(CRD(negatives=8, dim=4), ['1'], ['1'])
+        kd = KD(record_teacher(teacher, dls, tmp_path/'r', 2, *args) if recorded else teacher, *args, weight=.1, task_weight=1.)
+        set_seed(0)
+        fit(Learner(dls, net(4), loss_func=CrossEntropyLossFlat(), opt_func=SGD), n=2, cbs=kd)
+        found.append(loss_of(kd).state_dict())
+    for k in found[0]: torch.testing.assert_close(*[f[k] for f in found], rtol=1e-3, atol=1e-4)

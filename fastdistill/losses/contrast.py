@@ -64,6 +64,7 @@ def build(self:CRD,
 ):
     "Make the embeddings, the memories and the constants; returns the loss"
     if n_items < 2: raise ValueError(f'Expected a training set of at least 2 items, but got {n_items}')
+    if fm_teacher.ndim != 2: self.check(fm_student, fm_teacher)     # else a recording may have averaged it
     s,t = map(mean_over_positions, (fm_student,fm_teacher))
     self.check(s, t)
     self.embed_student,self.embed_teacher = (nn.Linear(x.shape[1], self.dim).to(s) for x in (s,t))
