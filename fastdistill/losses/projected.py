@@ -217,7 +217,8 @@ class OFD(FeatureLoss):
         self.check(fm_student, fm_teacher)
         if self.margin is None: self.margin = _mean_of_negatives(fm_teacher)
         if len(self.margin) != n_channels(fm_teacher):
-            raise ValueError(f'Expected the batch norm of {n_channels(fm_teacher)} channels, but got {len(self.margin)}')
+            raise ValueError(f'Expected the batch norm of {n_channels(fm_teacher)} channels, '
+                             f'but got {len(self.margin)}')
         self.projector,self.margin = create_projector(fm_student, fm_teacher),self.margin.to(fm_student)
         return self
 
