@@ -26,10 +26,7 @@ class WatchedInputs:
 
 # %% ../nbs/epoch.ipynb #b0a9ab38
 def check_teacher(teacher, student):
-    "Raise unless there is a teacher that is not the student"
-    if teacher is None:
-        raise ValueError('Expected a teacher, but this callback was loaded without one, as pickles hold none. '
-                         'Set it: `callback.teacher = ...`.')
+    "Raise unless the teacher is not the student"
     if {id(p) for p in student.parameters()} & {id(p) for p in teacher.model.parameters()}:
         raise ValueError(f'Expected a teacher of its own, but {teacher} is the student or has weights in common '
                          'with it. A `deepcopy` of the student would do.')
@@ -71,17 +68,17 @@ class ItemNumbers:
 
 # %% ../nbs/epoch.ipynb #a1fb8f0c
 class Epoch:
-    "One training epoch: hooks on both models, the teacher ready to answer"
-    def __init__(self, learn, objective, teacher):
+    "One training epoch: hooks on all models, the teachers ready to answer"
+    def __init__(self, learn, objective, teachers):
         model,student = learn.model,unwrap_model(learn.model)
-        teacher.start_for(learn)   # the fit stops it
-        learn.dl = teacher.batches(learn)
+        teachers.start_for(learn)   # the fit stops them
+        learn.dl = teachers.batches(learn)
         with ExitStack() as undo:
             self.inputs = WatchedInputs()
             undo.callback(model.register_forward_pre_hook(self.inputs).remove)
             def student_hooks(m): return FeatureHooks(model, m.student_layers, 'student', with_graph=True)
-            self.hooks = [(undo.enter_context(student_hooks(m)), undo.enter_context(teacher.hooks(m)))
-                          for m in objective.terms]
+            self.hooks = [(undo.enter_context(student_hooks(m)), undo.enter_context(a.teacher.hooks(m)))
+                          for m,a in zip(objective.terms, teachers.of_terms)]
             self.items = self._number_items(learn.dl, objective, undo)
             self.buffers = [(b,b.clone()) for b in student.buffers()]   # until its first batch has succeeded
             self.undo = undo.pop_all()

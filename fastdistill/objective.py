@@ -18,6 +18,7 @@ from fastcore.basics import listify, patch
 from fastcore.xtras import modify_exception
 from torch import nn, Tensor
 from torch.nn.modules.loss import _Loss
+from .ensemble import HasTeacher
 from .losses.base import as_loss, in_full_precision, loss_needs
 from .losses.predictions import SoftTarget
 from .losses.projected import Projected
@@ -45,7 +46,7 @@ def _refuse_match(loss):
                     'call. A Match that was made before fastdistill was reloaded has to be made again.')
 
 # %% ../nbs/objective.ipynb #97a272cb
-class Match:
+class Match(HasTeacher):
     "One term of the distillation loss: `weight` times `loss`, on the predictions or summed over pairs of layers"
     def __init__(self,
         loss, # Loss class, `partial` of one, instance or function: `loss(student, teacher)`
@@ -53,8 +54,10 @@ class Match:
         teacher_layers:str|list=None, # Names of the teacher's layers, in the same order
         weight:float=1., # Weight of this term among the others: a number of at least 0
         projector:bool=False, # First map the student's features to the teacher's channels, by a trainable projector?
+        teacher=None, # A teacher for this term: whatever the callback takes as one; the callback's own by default
     ):
         _refuse_match(loss)
+        if teacher is not None: self.teacher = teacher
         self.loss,self.weight = as_loss(loss),check_weight('the weight of a Match', weight)
         self.student_layers,self.teacher_layers = list(listify(student_layers)),list(listify(teacher_layers))
         self._check_layers()
@@ -83,12 +86,14 @@ class Match:
         return [(list(student), list(teacher))] if self.needs.all_layers else list(zip(student, teacher))
 
     @property
-    def name(self): # 'Attention'
-        "Name of the loss, without its projector"
+    def name(self): # 'Attention', 'Attention from XResNet'
+        "Name of the loss, without its projector, and of a teacher of its own"
         loss = self.loss.loss if isinstance(self.loss, Projected) else self.loss
-        return getattr(loss, '__name__', type(loss).__name__)
+        return getattr(loss, '__name__', type(loss).__name__) + self._from.partition('(')[0]
 
-    def __repr__(self): return getattr(self.loss, '__name__', None) or repr(self.loss)
+    @property
+    def _from(self): return f' from {self.teacher or self.left_out}' if self.teacher or self.left_out else ''
+    def __repr__(self): return (getattr(self.loss, '__name__', None) or repr(self.loss)) + self._from
 
 # %% ../nbs/objective.ipynb #3d603c0a
 def first_tensor(x): return x[0] if isinstance(x, list) else x
@@ -246,10 +251,20 @@ def plot_schedule(self:Objective,
 # %% ../nbs/objective.ipynb #057c5080
 @patch
 def check_teacher(self:Objective,
-    teacher, # A `Teacher`
+    teacher, # A `Teacher`, or `None` where each term has its own
 ):
-    "Raise unless the teacher has what every term compares"
+    "Raise unless the teacher of every term has what the term compares"
     for m in self.terms:
-        what = 'features' if m.teacher_layers else 'predictions'
-        try: teacher.check_term(m)
+        t,what = m.teacher or teacher,'features' if m.teacher_layers else 'predictions'
+        if m.left_out: continue     # the next fit says so
+        if t is None: raise ValueError(f'Expected a teacher, but got none, and {m} has no teacher of its own')
+        try: t.check_term(m)
         except ValueError as e: raise modify_exception(e, f'{m} compares {what}: {e}', replace=True)
+
+@patch
+def of_teacher(self:Objective,
+    teacher, # A `Teacher`
+) -> list: # `Match`es
+    "The terms that name this teacher; where none does, those that name no teacher"
+    named = [m for m in self.terms if m.teacher and teacher.answers_for(m.teacher)]
+    return named or [m for m in self.terms if not m.teacher]

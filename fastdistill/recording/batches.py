@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seed_of', 'set_seeds', 'seeded', 'is_stream', 'texts_in_order', 'has_own_way', 'Items', 'BatchTransforms',
            'copy_loader', 'Numbered', 'distributed_loader', 'check_shared', 'Seeded', 'items_per_epoch', 'inputs_of',
-           'loader_of']
+           'epoch_of', 'loader_of']
 
 # %% ../../nbs/recording/batches.ipynb #b51f7821
 import math, random, sys
@@ -284,10 +284,17 @@ def inputs_of(
     return b[:getattr(dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)]
 
 # %% ../../nbs/recording/batches.ipynb #28d9a83e
+def epoch_of(
+    dl, # Any loader
+) -> Numbered: # `dl` itself, or `None`
+    "The running epoch, where a recording has made the batches of one"
+    return dl if issubclass(type(dl), Numbered) else None     # `isinstance` asks its `__class__`
+
 def loader_of(
     dl, # Any loader
 ) -> tuple: # The loader, and for `Numbered`: rank, world and device
     "The loader in fastai's `DistributedDL`, and what that knows of the processes"
+    if (epoch := epoch_of(dl)) is not None: return epoch.dl,dict(rank=epoch.rank, world=epoch.world, device=epoch.device)
     found = distributed_loader()
     if found is None or not isinstance(dl, found): return dl,{}
     return dl.dl,dict(rank=dl.rank, world=dl.world_size, device=dl.device)
