@@ -25,6 +25,7 @@ def parse():
     p.add_argument('--batch', type=int, default=64)
     p.add_argument('--size', type=int, default=64, help='pixels')
     p.add_argument('--classes', type=int, default=100)
+    p.add_argument('--items', type=int, default=50000, help='size of the training set, for losses with a memory')
     p.add_argument('--device', default='cpu')
     p.add_argument('--rounds', type=int, default=20)
     p.add_argument('--only', nargs='+', metavar='NAME', choices=list(registered_losses), default=[], help='some losses by name')
@@ -49,21 +50,28 @@ def passes(args):
     def student():
         model,x = models.resnet18(num_classes=args.classes).to(args.device),randn(args.batch, 3, args.size, args.size)
         return lambda: F.cross_entropy(model(x), y).backward()
-    def of(losses, pairs, *targ):
-        losses = [loss.build(s.detach(), t) if loss_needs(loss).builds else loss for loss,(s,t) in zip(losses, pairs)]
+    def build(loss, s, t):
+        if not loss_needs(loss).builds: return loss
+        s = [x.detach() for x in s] if isinstance(s, list) else s.detach()
+        return deepcopy(loss).build(s, t, *[args.items]*loss_needs(loss).needs_items)
+    def of(loss, pairs, *targ):
+        needs = loss_needs(loss)
+        calls = [tuple(map(list, zip(*pairs)))] if needs.all_layers else pairs
+        losses = [build(loss, *call) for call in calls]
+        if needs.needs_items: targ = (*targ, torch.arange(args.batch, device=args.device))
         def one():
             for s,_ in pairs: s.grad = None
-            sum(loss(s, t, *targ) for loss,(s,t) in zip(losses, pairs)).backward()
+            sum(loss(*call, *targ) for loss,call in zip(losses, calls)).backward()
         return one
     def logits(loss):
         def new():
             s,t = randn(args.batch, args.classes).requires_grad_(),randn(args.batch, args.classes)
-            return of([loss], [(s,t)], *[y]*loss_needs(loss).needs_targ)
+            return of(loss, [(s,t)], *[y]*loss_needs(loss).needs_targ)
         return new
     def stages(loss, times=1):
         def new():
             sizes = [(64*2**i, -(-args.size//(4*2**i))) for i in range(4)]
-            return of([deepcopy(loss) for _ in sizes], [(randn(args.batch, c, n, n).relu_().requires_grad_(),randn(args.batch, c*times, n, n).relu_()) for c,n in sizes])
+            return of(loss, [(randn(args.batch, c, n, n).relu_().requires_grad_(),randn(args.batch, c*times, n, n).relu_()) for c,n in sizes])
         return new
     return {'student': student, **{repr(l):logits(l) for l in on_logits}, **{repr(l):stages(l) for l in on_stages},
             **{f'{l!r}, 4 × the channels':stages(l, 4) for l in projected}}

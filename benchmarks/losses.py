@@ -39,7 +39,10 @@ grid = {**share(SoftTarget(T=4), .5, .9),
         **features(ChannelWise(), stages, .1, 1.),
         **features(Similarity(), stages[2:], 30., 3000.),
         **features(RKD(), stages[2:], .1, 1.),
-        **features(PKT(), stages[2:], 300., 30000.)}
+        **features(PKT(), stages[2:], 300., 30000.),
+        **features(NST(), stages, 5., 50.),
+        **features(OFD(), before_relu, .1, 1.),
+        **features(CRD(), stages[2:], .08, .8)}
 
 def can_run(cls):
     "A digit has one class, and the stages of the networks are maps"

@@ -39,7 +39,8 @@ class ItemNumbers:
     ):
         self.dl,self.own = dl,getattr(dl, 'item_numbers', None)
         if self.own: return     # a recording knows
-        if not getattr(dl, 'indexed', False) or hasattr(dl, 'make_chunks'):
+        whole = vars(dl).get('dl', dl)     # of which a `DistributedDL` draws a part
+        if not getattr(whole, 'indexed', False) or hasattr(whole, 'make_chunks'):
             raise ValueError('Expected a `DataLoader` of fastai that draws numbered items, for a loss with a memory '
                              f'of each, but got {type(dl).__module__}.{type(dl).__name__}')
         self.found = vars(dl).get('get_idxs')

@@ -151,8 +151,11 @@ def _share(self:Trained, group):
 def average_gradients(self:Trained,
     group, # Of `process_group`; nothing happens without
 ):
-    "Average the gradients over the processes"
-    if group is None or self.joined or not self.params: return
+    "Average the gradients over the processes, and let losses with a memory exchange what is new in it"
+    if group is None or self.joined or self.losses is None: return
+    for loss in self.losses.modules():
+        if hasattr(loss, 'exchange'): loss.exchange(group)
+    if not self.params: return
     for p in self.params: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     grads = [p.grad for p in self.params]
     mean = parameters_to_vector(grads)/distributed.get_world_size(group)

@@ -4,6 +4,7 @@
 """
 import inspect
 import numpy as np
+import torch
 from scipy.special import rel_entr
 
 formulas = {}     # name of a loss -> its formula
@@ -88,6 +89,15 @@ def teacher_bounded(s, t, y, margin):
     errors = [(((a-c)**2).sum(),((b-c)**2).sum()) for a,b,c in zip(s, t, y)]
     return np.mean([e_s if e_s+margin > e_t else 0. for e_s,e_t in errors])
 
+@formula_of('MultiLevel')
+def multi_level(s, t, temperatures, batch, classes, standardize=False):
+    def gram(x): return np.array([[(a*b).sum() for b in x] for a in x])
+    def apart(p, q): return ((gram(p)-gram(q))**2).sum()/len(p)
+    def at(T):
+        p,q = (np.array([softmax(r, T) for r in x]) for x in (t,s))
+        return batch*apart(p, q) + classes*apart(p.T, q.T)
+    return sum(soft_target(s, t, T, standardize) + at(T) for T in temperatures)
+
 # --- on features: maps (B, C, H, W), sequences (B, N, C), vectors (B, C) ---
 
 def pool(fm, h, w):
@@ -143,6 +153,67 @@ def channel_wise(s, t, T):
     s,t = map(positions, same_size(s, t))
     return T**2 * np.mean([kl(softmax(j[:,c], T), softmax(i[:,c], T)) for i,j in zip(s, t) for c in range(s.shape[2])])
 
+@formula_of('NST')
+def nst(s, t):
+    s,t = map(positions, same_size(s, t))
+    def units(x): return [c/np.sqrt((c**2).sum()) if c.any() else c for c in x.T]
+    def k(xs, ys): return np.mean([(a@b)**2 for a in xs for b in ys])
+    return np.mean([k(a, a) + k(b, b) - 2*k(a, b) for a,b in ((units(i), units(j)) for i,j in zip(s, t))])
+
+def convolved(x, w, b):
+    "The sum over a window of the weights' size, 0 beyond the edges"
+    k = w.shape[2]//2
+    x = np.pad(x, ((0,0),(0,0),(k,k),(k,k)))
+    H,W = (n-2*k for n in x.shape[2:])
+    return np.array([[[[(item[:,i:i+2*k+1,j:j+2*k+1]*o).sum() + c for j in range(W)] for i in range(H)] for o,c in zip(w, b)] for item in x])
+
+@formula_of('MGD')
+def mgd(s, t, mask, channels, built):
+    "With the mask of the seed 0, see `built` in loss_cases.py"
+    s,t = same_size(s, t)
+    if 'align.weight' in built: s = convolved(s, built['align.weight'], built['align.bias'])
+    drawn = torch.rand((*s.shape[:2],1,1) if channels else (len(s),1,*s.shape[2:]), generator=torch.Generator().manual_seed(0)).numpy()
+    x = np.where(drawn < mask, 0, s)
+    x = np.maximum(convolved(x, built['generate.0.weight'], built['generate.0.bias']), 0)
+    return np.mean((convolved(x, built['generate.2.weight'], built['generate.2.bias'])-t)**2)
+
+def normed(x, eps=1e-5):
+    "Batch norm without weight and bias, as it starts"
+    axes = tuple(i for i in range(x.ndim) if i != 1)
+    return (x-x.mean(axes, keepdims=True))/np.sqrt(x.var(axes, keepdims=True)+eps)
+
+def projected(x, w): return normed(np.einsum('oc,bchw->bohw', w[:,:,0,0], x))
+
+@formula_of('OFD')
+def ofd(s, t, built):
+    def of(a, b, m): return (a-b)**2 if b > 0 else max(0, a-max(b, m))**2
+    margin = [c[c<0].mean() if (c<0).any() else -3*c.std() for c in np.moveaxis(t, 1, 0)]
+    s,t = same_size(s, t)
+    s = projected(s, built['projector.0.weight'])
+    return np.mean([of(a, b, m) for i,j in zip(s, t) for c,d,m in zip(i, j, margin) for a,b in zip(c.ravel(), d.ravel())])
+
+def enlarged(x, h, w):
+    "Each position takes the nearest one before it"
+    H,W = x.shape[2:]
+    return np.array([[[[c[i*H//h,j*W//w] for j in range(w)] for i in range(h)] for c in item] for item in x])
+
+def hierarchical(s, t):
+    sizes = [s.shape[2:], *[(n,n) for n in (4,2,1) if n < min(s.shape[2:])]]
+    weights = [1/2**i for i in range(len(sizes))]
+    return sum(w*logits(pool(s, *n), pool(t, *n)) for w,n in zip(weights, sizes))/sum(weights)
+
+@formula_of('ReviewKD')
+def review_kd(s, t, built):
+    "Of two stages that are the same, see `on_a_pair` in loss_cases.py"
+    def get(i, name): return built[f'fusions.{i}.{name}']
+    def compare(i, x): return hierarchical(normed(convolved(x, get(i, 'leave.0.weight'), np.zeros(t.shape[1]))), t)
+    deep = enlarged(projected(s, get(1, 'enter.0.weight')), *t.shape[2:])
+    x = projected(s, get(0, 'enter.0.weight'))
+    back = enlarged(deep, *x.shape[2:])
+    scores = convolved(np.concatenate([x,back], 1), get(0, 'attend.0.weight'), get(0, 'attend.0.bias'))
+    a,b = (1/(1+np.exp(-scores[:,[i]])) for i in (0,1))
+    return compare(1, deep) + compare(0, enlarged(a*x + b*back, *t.shape[2:]))
+
 # --- on relations within the batch ---
 
 @formula_of('Similarity')
@@ -179,3 +250,20 @@ def pkt(s, t, eps):
         k = np.array([[(a@b/np.sqrt((a@a)*(b@b))+1)/2 for b in x] for a in x])
         return np.array([r/r.sum() for r in k])
     return np.mean([p*np.log((p+eps)/(q+eps)) for p,q in zip(table(t).ravel(), table(s).ravel())])
+
+@formula_of('CRD')
+def crd(s, t, negatives, tau, built):
+    "With the negatives of the seed 0, for the items 0, 1, 2, ..., see loss_cases.py"
+    def unit(v): return v/np.sqrt((v**2).sum())
+    s,t = ([unit(built[f'embed_{who}.weight']@v + built[f'embed_{who}.bias']) for v in positions(x).mean(1)]
+           for who,x in (('student',s), ('teacher',t)))
+    def side(xs, memory):
+        def h(a, j): return np.exp(a@memory[j]/tau)/z
+        z = np.mean([sum(np.exp(a@m/tau) for m in memory) for a in xs])
+        noise = negatives/len(memory)
+        def item(i, a): return np.log(h(a, i)/(h(a, i)+noise)) + sum(counts[j]*np.log(noise/(h(a, j)+noise)) for j in range(len(memory)) if j != i)
+        return -np.mean([item(i, a) for i,a in enumerate(xs)])
+    n = len(built['memory_student'])
+    drawn = torch.randint(n, (negatives,), generator=torch.Generator().manual_seed(0)).numpy()
+    counts = [(drawn == j).sum() for j in range(n)]
+    return side(s, built['memory_teacher']) + side(t, built['memory_student'])

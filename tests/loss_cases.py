@@ -9,7 +9,19 @@ from fastdistill.losses.base import registered_losses
 
 def randn(seed, *shape, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-def built(loss, s, t): return deepcopy(loss).build(s.detach(), t) if loss_needs(loss).builds else loss     # as `Match` does
+def memories(loss): return {k:b for k,b in loss.named_buffers() if k.startswith('memory')}
+def keep_memories(loss, _): loss.before = {k:b.clone() for k,b in memories(loss).items()}
+def restore_memories(loss, *_):
+    for k,b in memories(loss).items(): b.copy_(loss.before[k])
+
+def built(loss, s, t):
+    "As `Match` does; a call draws the same each time, and remembers nothing"
+    if not loss_needs(loss).builds: return loss
+    loss = deepcopy(loss).build(s.detach(), t)
+    loss.register_forward_pre_hook(lambda *_: torch.manual_seed(0) and None)
+    loss.register_forward_pre_hook(keep_memories)
+    loss.register_forward_hook(restore_memories)
+    return loss
 def np64(*xs): return [x.detach().double().numpy() for x in xs]
 
 sizes,seeds,temps = st.integers(1,4),st.integers(0,10**6),st.floats(0.5,20)
@@ -22,8 +34,21 @@ def check(got, want, dtype, scale=1.):
 
 # A new loss joins these lists by itself. Tests take what a loss can do from its attributes, or name the losses that they leave out, so that a new one
 # is not left out by accident. They name the losses that they test only where a paper claims something of a loss, or where the numbers are worked out by hand.
-registered = [cls() for cls in registered_losses.values()]
-every = registered + [SoftTarget(2, standardize=True), DecoupledKD(standardize=True), Attention(1), Projected(FitNet())]
+def on_a_pair(cls):
+    "The same class, which can be called and built with two tensors, as most losses are"
+    needs = loss_needs(cls())
+    if not (needs.all_layers or needs.needs_items): return cls
+    def twice(x): return [x,x] if needs.all_layers else x
+    class OnAPair(cls, registered=False):
+        def build(self, s, t): return super().build(twice(s), twice(t), *[7]*needs.needs_items)
+        def forward(self, s, t): return super().forward(twice(s), twice(t), *[torch.arange(len(s))]*needs.needs_items)
+    OnAPair.__name__ = cls.__name__
+    return OnAPair
+
+one_pair = {name:on_a_pair(cls) for name,cls in registered_losses.items()}
+small = dict(CRD=dict(negatives=20, dim=4))     # what would be slow to differentiate
+registered = [cls(**small.get(name, {})) for name,cls in one_pair.items()]
+every = registered + [SoftTarget(2, standardize=True), DecoupledKD(standardize=True), Attention(1), Projected(FitNet()), MultiLevel(standardize=True), MGD(.3, channels=True)]
 def is_on_logits(loss): return loss_needs(loss).on_features is False
 def is_on_values(loss): return is_on_logits(loss) and loss_needs(loss).needs_targ and loss_needs(loss).single_label is False
 def kinds(loss): return (2,) if is_on_logits(loss) else loss_needs(loss).kinds

@@ -10,7 +10,7 @@ from loss_cases import *
 
 # --- all of them ---
 
-zero_at_equality = without(HardTarget, NormalizedKD, ActivationBoundaries, VID, Projected)
+zero_at_equality = without(HardTarget, NormalizedKD, ActivationBoundaries, VID, MGD, OFD, ReviewKD, CRD, Projected)
 
 @pytest.mark.parametrize('loss', zero_at_equality, ids=repr)
 def test_zero_where_equal(loss):
@@ -43,7 +43,7 @@ def test_always_finite_and_close_to_float64(loss, seed, power, dtype):
     with torch.autocast('cpu', dtype=torch.bfloat16): val = loss(s, t, *labels(loss, s))
     assert val.isfinite() and val.dtype == torch.float32
     assert torch.autograd.grad(val, s)[0].isfinite().all()
-    if not isinstance(loss, (VID,Projected)) and not (isinstance(loss, DIST) and abs(power) > 1):     # correlations of probabilities that are all but equal, or 0 and 1, are rounding
+    if not isinstance(loss, (VID,MGD,OFD,ReviewKD,CRD,Projected)) and not (isinstance(loss, DIST) and abs(power) > 1):     # correlations of probabilities that are all but equal, or 0 and 1, are rounding
         want = loss(s.double(), t.double(), *labels(loss, s)).item()
         assert val.item() == pytest.approx(want, rel=1e-3, abs=1e-4*(1+(loss_needs(loss).T or 1)**2))
 
@@ -55,7 +55,7 @@ def test_constant_input_is_finite(loss):
         s.requires_grad_()
         val = call(loss, s, t)
         grad = torch.autograd.grad(val, s)[0]
-        assert val.isfinite() and grad.isfinite().all() and grad.abs().max() < 1e3
+        assert val.isfinite() and grad.isfinite().all() and grad.abs().max() < (1e5 if isinstance(loss, ReviewKD) else 1e3)     # two batch norms that divide by the root of 1e-5
 
 @pytest.mark.parametrize('loss', on_logits, ids=repr)
 @pytest.mark.parametrize('big', [1e4,6e4])
@@ -164,7 +164,7 @@ def test_what_is_0_or_nearly_has_an_ordinary_gradient(loss):
         for x in (0.,1e-31,1e-38,1e-45):
             s = torch.full(a, x).requires_grad_()
             g = torch.autograd.grad(call(loss, s, randn(0, *b, dtype=torch.float32)), s)[0]
-            assert g.isfinite().all() and g.abs().max() < 100
+            assert g.isfinite().all() and g.abs().max() < (1e5 if isinstance(loss, ReviewKD) else 100)     # two batch norms
 
 @pytest.mark.parametrize('down', [10,30,50,60])
 def test_dist_of_a_class_that_is_all_but_impossible(down):

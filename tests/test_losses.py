@@ -113,7 +113,8 @@ def test_how_losses_are_printed():
 # --- each against its formula ---
 
 variants = registered + [SoftTarget(standardize=True), DecoupledKD(alpha=.5, beta=3), DecoupledKD(standardize=True), NormalizedKD(gamma=2.5), DIST(beta=2, gamma=.5),
-                         TeacherBounded(.5), Attention(3), ActivationBoundaries(1.5), VID(init_variance=3), RKD(7, 0), RKD(0, 3)]
+                         TeacherBounded(.5), Attention(3), ActivationBoundaries(1.5), VID(init_variance=3), RKD(7, 0), RKD(0, 3),
+                         MultiLevel((1,3.5), batch=2, classes=.5), MultiLevel(standardize=True), MGD(.7), MGD(.3, channels=True), one_pair['ReviewKD'](2), one_pair['CRD'](5, .5, .2, 3)]
 
 def at_temperature(loss, T):
     "A copy of it at this temperature, where it has one"
@@ -155,6 +156,7 @@ def test_on_features_equal_the_formula(loss, d, seed, T, dtype):
     needs = loss_needs(loss)
     a,b = d.draw(feature_shapes(needs.kinds, needs.same_channels or isinstance(loss, FitNet), needs.least_items, needs.least_positions))
     if isinstance(loss, PKT): assume(min(x[2 if len(x)==3 else 1] for x in (a,b)) > 2)     # opposite vectors: the logarithm of little more than eps
+    if isinstance(loss, (OFD,ReviewKD)): assume(a[0]*np.prod(np.minimum(a[2:], b[2:])) > 1)     # for batch norm
     s,t = randn(seed, *a, dtype=dtype),randn(seed+1, *b, dtype=dtype)
     loss = built(at_temperature(loss, T), s, t)
     check(loss(s, t), np_.expected(loss, *np64(s, t)), dtype, scale=30*max(1, (needs.T or 0) and T/3)**2)
@@ -327,7 +329,7 @@ def test_two_classes():
 
 def classes(**attributes):
     "The registered losses that say so of themselves"
-    return [l for l in registered_losses.values() if all(getattr(loss_needs(l), k) == v for k,v in attributes.items())]
+    return [l for l in one_pair.values() if all(getattr(loss_needs(l), k) == v for k,v in attributes.items())]
 
 def too_few(loss, kind, items=0, positions=0):
     "Call it with so many items or positions fewer than it needs; one of the two features has more positions"
@@ -340,7 +342,7 @@ def test_which_losses_compare_items_and_positions():
     assert {DIST,Similarity,RKD,PKT} <= {*classes(least_items=2)} and {Attention,ChannelWise} <= {*classes(least_positions=2)}
     assert not [l for l in features if loss_needs(l).least_positions > 1 and 2 in loss_needs(l).kinds], 'a vector has one position'
 
-features = [l for l in registered_losses.values() if loss_needs(l).kinds]
+features = [l for l in one_pair.values() if loss_needs(l).kinds]
 x4,x3,x2 = torch.ones(2,3,4,4),torch.ones(2,4,3),torch.ones(2,3)
 @pytest.mark.parametrize('make,msg', [
     (lambda: SoftTarget(0), 'above 0, but got T=0'), (lambda: SoftTarget(-1), 'T=-1'), (lambda: SoftTarget(float('nan')), 'T=nan'), (lambda: DIST(T=float('inf')), 'T=inf'),
@@ -350,6 +352,10 @@ x4,x3,x2 = torch.ones(2,3,4,4),torch.ones(2,4,3),torch.ones(2,3)
     (lambda: VID(init_variance=0), 'init_variance=0'), (lambda: VID(eps=0), 'eps=0'), (lambda: RKD(distance=-1), 'distance=-1'), (lambda: RKD(angle=-1), 'angle=-1'), (lambda: PKT(0), 'eps=0'),
     *[(lambda l=l: l()(torch.ones(2,1), torch.ones(2,1), *labels(l(), torch.ones(2,1))), '2 classes.*MultiLabelSoftTarget.*TeacherBounded') for l in classes(single_label=True)],
     *[(lambda l=l, T=T: l(T=T), f'above 0, but got T={T}') for l in registered_losses.values() if loss_needs(l()).T for T in (0,-1,float('nan'),float('inf'))],
+    (lambda: MultiLevel(()), 'at least one temperature'), (lambda: MultiLevel((2,0)), 'temperature=0'), (lambda: MultiLevel(batch=-1), 'batch=-1'), (lambda: MultiLevel(classes=-1), 'classes=-1'),
+    (lambda: MultiLevel(standardize=True)(torch.ones(2,2), torch.ones(2,2)), 'at least 3 classes'), *[(lambda m=m: MGD(m), f'below 1, but got mask={m}') for m in (1,-.1,float('nan'))],
+    (lambda: ReviewKD(0), 'channels=0'), *[(lambda l=l: call(l, x4[:1,:,:1,:1], x4[:1,:2,:1,:1]), 'several items or positions.*drop_last') for l in (FitNet(), OFD(), one_pair['ReviewKD'](), Projected(nn.MSELoss()))],
+    *[(lambda kw=kw: CRD(**kw), 'but got') for kw in (dict(negatives=0), dict(tau=0), dict(momentum=1), dict(momentum=-.1), dict(dim=0))],
     (lambda: SoftTarget()(torch.ones(3), torch.ones(3)), 'Expected logits of one shape'),
     (lambda: SoftTarget(standardize=True)(torch.ones(2,2), torch.ones(2,2)), 'at least 3 classes'), (lambda: DecoupledKD(standardize=True)(torch.ones(2,2), torch.ones(2,2), torch.ones(2).long()), 'at least 3 classes'),
     (lambda: Logits()(torch.ones(2,1), torch.ones(2,4)), r'student \(2, 1\) and teacher \(2, 4\)'), (lambda: MultiLabelSoftTarget()(x2, torch.ones(2,1)), 'one shape'),
@@ -364,7 +370,10 @@ x4,x3,x2 = torch.ones(2,3,4,4),torch.ones(2,4,3),torch.ones(2,3)
     *[(lambda l=l: l()(x3, torch.ones(2,5,3)), 'same number of tokens') for l in [FitNet, *classes(same_channels=True)] if 3 in loss_needs(l).kinds],
     *[(lambda l=l, k=k: too_few(l(), k, positions=1), f'at least {loss_needs(l).least_positions} positions.*earlier layer') for l in features if loss_needs(l).least_positions > 1 for k in loss_needs(l).kinds],
     *[(lambda l=l, k=k: too_few(l(), k, items=1), f'at least {loss_needs(l).least_items} items.*drop_last') for l in registered_losses.values() if loss_needs(l).least_items > 1 for k in kinds(l())],
-    *[(lambda l=l: l(x4, x4), r'build\(student, teacher\)') for l in (VID(), Projected(nn.MSELoss()))], (lambda: VID().build(x4, x3), 'same batch'), (lambda: create_projector(x4, x2), 'same batch')])
+    *[(lambda l=l: l(x4, x4), r'build\(student, teacher\)') for l in (VID(), MGD(), OFD(), one_pair['ReviewKD'](), Projected(nn.MSELoss()))], (lambda: one_pair['CRD']()(x4, x4), r'build\(student, teacher, n_items\)'), (lambda: CRD().build(x4, x4, 1), 'at least 2 items, but got 1'),
+    *[(lambda y=y: CRD().build(x4, x4, 5)(x4, x4, y), m) for y,m in ((torch.tensor([0,5]), 'from 0 to 4, but got 0 to 5'), (torch.tensor([-1,2]), 'got -1 to 2'), (torch.tensor([0]), 'each of 2 items'), (torch.zeros(2), 'each of 2 items'))],
+    (lambda: ReviewKD().build([x4,x4], [x4]), 'but got 2 and 1'), (lambda: ReviewKD().build([], []), 'but got 0 and 0'), (lambda: OFD(nn.BatchNorm2d(4)).build(x4, x4), 'batch norm of 3 channels, but got 4'),
+    (lambda: VID().build(x4, x3), 'same batch'), (lambda: create_projector(x4, x2), 'same batch')])
 def test_bad_input(make, msg):
     with pytest.raises(ValueError, match=f'(?s){msg}'): make()
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from .base import (Loss, check_above, check_at_least, check_items, check_logits, full_precision, kl_div,
                                      scaled, shapes)
 
-# %% ../../nbs/losses/predictions.ipynb #c7891850
-def _zscore(x, axis):
+# %% ../../nbs/losses/predictions.ipynb #7d11c04e
+def zscore(x, axis):
     std = x.std(axis, keepdim=True)
     return (x - x.mean(axis, keepdim=True)) / torch.where(std > 0, std + 1e-7, 1.)   # equal logits become 0
 
+# %% ../../nbs/losses/predictions.ipynb #c7891850
 class SoftTarget(Loss):
     "Divergence of the softened probabilities, times T² ([Hinton 2015](https://arxiv.org/abs/1503.02531))"
     on_features,single_label = False,True
@@ -36,7 +37,7 @@ class SoftTarget(Loss):
     ) -> Tensor: # Scalar: summed over classes, averaged over items
         "Raises `ValueError` for different shapes and for fewer than 2 classes, 3 with `standardize`"
         check_logits(student, teacher, self.axis, least=3 if self.standardize else 2)
-        if self.standardize: student,teacher = (_zscore(x, self.axis) for x in (student,teacher))
+        if self.standardize: student,teacher = (zscore(x, self.axis) for x in (student,teacher))
         s,t = (F.log_softmax(x/self.T, dim=self.axis) for x in (student,teacher))
         return kl_div(s, t, self.axis).mean() * self.T**2
 
@@ -128,7 +129,7 @@ class DecoupledKD(Loss):
         "Raises `ValueError` where shapes do not fit, for a label that is no class and for too few classes"
         if self.standardize:
             check_logits(student, teacher, self.axis, least=3)
-            student,teacher = (_zscore(x, self.axis) for x in (student,teacher))
+            student,teacher = (zscore(x, self.axis) for x in (student,teacher))
         s,t,label,share = _labelled_rows(student, teacher, targ, self.axis)
         (s,s_rest),(t,t_rest) = (self._split(x/self.T, label) for x in (s,t))
         return ((self.alpha*kl_div(s, t) + self.beta*kl_div(s_rest, t_rest)) * share).sum() * self.T**2
