@@ -26,6 +26,7 @@ class Batch:
     ):
         self.learn,self.objective,self.teacher,self.trained = learn,objective,teacher,trained
         self.hooks,self.answer,self.sent,self.parts = hooks,answer,None,{}
+        self.task_loss = None     # a scalar, 0 where no item has a label
 
     @property
     def xb(self) -> tuple: return self.learn.xb
@@ -65,14 +66,13 @@ class Batch:
         return [m.compare(*f, *self.labels, losses=l, reduced=r) for m,f,l,r in self._each_term()]
 
     def send(self,
-        task_loss:Tensor, # Scalar
         kd_loss:Tensor, # Scalar
         terms:list, # Scalars
     ):
         "Start to copy the parts of the loss to the CPU, with a sum of each thing that the teacher computed"
         names = ['task_loss','kd_loss',*self.objective.names]
-        self.parts = {k:l.detach() for k,l in zip(names, (task_loss,kd_loss,*terms))}
-        self.sent = Transfer([task_loss, kd_loss, *terms, *self._sums_of_teacher()])
+        self.parts = {k:l.detach() for k,l in zip(names, (self.task_loss,kd_loss,*terms))}
+        self.sent = Transfer([self.task_loss, kd_loss, *terms, *self._sums_of_teacher()])
 
     def _sums_of_teacher(self):
         "Not finite where any number is not: an argmax or a comparison would hide that from the loss"
@@ -81,5 +81,5 @@ class Batch:
 
     def forget(self):
         "Drop the tensors: after the backward pass nobody needs them"
-        self.answer = None
+        self.answer = self.task_loss = None
         self.__dict__.pop('features', None)

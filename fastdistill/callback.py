@@ -9,6 +9,7 @@ __all__ = ['KnowledgeDistillationCallback', 'ShowDistillationGraph']
 from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.training import GradientAccumulation
 from fastcore.basics import patch
+import math
 from contextlib import nullcontext
 from copy import copy
 from .fit import Fit
@@ -177,6 +178,7 @@ class ShowDistillationGraph(ShowGraphCallback):
         bar.names = ['train','valid','task','kd']
         parts = rec.losses,kd.losses['task_loss'],kd.losses['kd_loss']
         lines = [(range(len(l)), [float(o) for o in l]) for l in parts]
-        lines.insert(1, (self.nb_batches, [v[rec.metric_names.index('valid_loss')-1] for v in rec.values]))
+        valid = [v[rec.metric_names.index('valid_loss')-1] for v in rec.values]
+        lines.insert(1, (self.nb_batches, [math.nan if v is None else v for v in valid]))     # `None` without labels
         n = (self.n_epoch - len(self.nb_batches)) * self.nb_batches[0] + len(rec.losses)
         bar.update_graph(lines, (0,n), (0,max(max(y) for _,y in lines if y)))

@@ -62,7 +62,6 @@ class _FirstBatch(Callback):
     "Look at the first batch, and end the fit before its gradients"
     order = KnowledgeDistillationCallback.order-1
     def __init__(self, kd): self.kd = kd
-    def after_loss(self): self.task_loss = self.loss_grad
 
     def before_backward(self):
         batch = self.kd.batch
@@ -75,7 +74,7 @@ class _FirstBatch(Callback):
         w,tw = _largest(batch.objective)
         def row(name, weight, loss, **pair):
             return {'term':name, 'loss':loss.item(), 'weight':weight, 'gradient norm':norm(loss), **pair}
-        rows,terms = [row('task', tw, self.task_loss)],[]
+        rows,terms = [row('task', tw, batch.task_loss)],[]
         for m,features,reduced,losses in zip(batch.objective.terms, batch.features, batch.reduced, batch.compare()):
             pairs = _pairs(m, reduced, *features)
             rows += [row(m.name, w*m.weight, loss, **pair) for pair,loss in zip(pairs, losses)]
@@ -100,7 +99,7 @@ def _compare_models(learn, teacher, xb, dl, n):
         if len(dl):
             values,right = validate_teacher(learn, teacher, dl)
             rows['teacher'].update(zip(names, values))
-    table = pd.DataFrame(rows).T
+    table = pd.DataFrame(rows).T.astype(float)     # `None` where a validation set has no labels
     costs = table.columns.isin(['parameters','MB','ms for a batch'])
     table.loc['teacher / student'] = (table.loc['teacher']/table.loc['student']).where(costs)
     return table,right
