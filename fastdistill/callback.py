@@ -9,7 +9,6 @@ __all__ = ['KnowledgeDistillationCallback', 'ShowDistillationGraph']
 from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.training import GradientAccumulation
 from fastcore.basics import patch
-import math
 from contextlib import nullcontext
 from copy import copy
 from .fit import Fit
@@ -179,6 +178,6 @@ class ShowDistillationGraph(ShowGraphCallback):
         parts = rec.losses,kd.losses['task_loss'],kd.losses['kd_loss']
         lines = [(range(len(l)), [float(o) for o in l]) for l in parts]
         valid = [v[rec.metric_names.index('valid_loss')-1] for v in rec.values]
-        lines.insert(1, (self.nb_batches, [math.nan if v is None else v for v in valid]))     # `None` without labels
+        lines.insert(1, ([],[]) if None in valid else (self.nb_batches, valid))     # no losses without labels
         n = (self.n_epoch - len(self.nb_batches)) * self.nb_batches[0] + len(rec.losses)
         bar.update_graph(lines, (0,n), (0,max(max(y) for _,y in lines if y)))

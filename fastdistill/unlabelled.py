@@ -21,19 +21,19 @@ def has_labels(
     dl, # One of them, of fastai or PyTorch
 ) -> bool: # True where a loader cannot be asked
     "Do the items of `dl` have labels? Raises `ValueError` where a batch is no tuple, which fastai cannot split"
-    b = _batch_of_one(dl)
+    with no_random(reproducible=False):
+        b = _batch_of_one(getattr(dl, '__dict__', {}).get('dl', dl))     # fastai's `DistributedDL` has a loader inside
+        n_inp = getattr(dls, 'n_inp', None)
     if isinstance(b, Tensor):
         raise ValueError('Expected items that are tuples, `(x,)` where there is no label, but got tensors. fastai '
                          'would take the items of such a batch for the inputs of the model.')
     if not isinstance(b, (tuple,list)): return True
-    return len(b) > getattr(dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)
+    return len(b) > (n_inp or max(1, len(b)-1))
 
 def _batch_of_one(dl):
     "The first item as a batch; `None` where `dl` has no first item, as with a stream"
-    dl = getattr(dl, '__dict__', {}).get('dl', dl)     # in fastai's `DistributedDL`
-    with no_random(reproducible=False):
-        try: return dl.do_batch([dl.do_item(None)]) if hasattr(dl, 'do_item') else dl.collate_fn([dl.dataset[0]])
-        except Exception: return
+    try: return dl.do_batch([dl.do_item(None)]) if hasattr(dl, 'do_item') else dl.collate_fn([dl.dataset[0]])
+    except Exception: return
 
 # %% ../nbs/unlabelled.ipynb #4aad2979
 def no_labels(
