@@ -12,7 +12,7 @@ import numpy as np, pandas as pd
 from fastai.vision.all import *
 from fastdistill.all import KnowledgeDistillationCallback, SoftTarget, add_unlabelled
 
-size,bs,share,epochs,teacher_epochs = 48,64,0.05,8,10
+size,bs,share,epochs,teacher_epochs = 48,64,0.05,6,8
 
 def read(files):
     "All images in one tensor, (N, 3, size, size), of bytes"
@@ -75,7 +75,7 @@ def main():
     images,order = read(files),np.random.RandomState(42).permutation(len(files)).tolist()
     valid,train_items = order[:len(order)//5],order[len(order)//5:]
     set_seed(42, reproducible=True)
-    teacher = train(data(files, images, train_items, valid), network(32, 2), teacher_epochs)
+    teacher = train(data(files, images, train_items, valid), network(32, 1), teacher_epochs)
     machine = f'{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}'
     rows = [dict(method='teacher, all labels', seed=42, accuracy=teacher.accuracy, seconds=teacher.seconds)]
     for seed in range(args.seeds):
