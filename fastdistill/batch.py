@@ -19,13 +19,16 @@ class Batch:
     def __init__(self,
         learn, # The learner, in this batch
         objective, # What the student minimises
-        teacher, # The `Teacher` that answered
+        teachers, # The `Teachers` that answered
         trained, # Its losses that train
         hooks:list, # For each term a pair of `FeatureHooks`, the student's and the teacher's
-        answer:Tensor, # The teacher's logits; `None` if all terms compare features and its forward pass ended early
+        answers:list, # For each teacher its logits; `None` if its terms compare features and its pass ended early
+        compared:list, # For each term a list of tensors: what the teacher computed
+        items:Tensor=None, # Numbers of the items in the training set, (B,), where a loss needs them
     ):
-        self.learn,self.objective,self.teacher,self.trained = learn,objective,teacher,trained
-        self.hooks,self.answer,self.sent,self.parts = hooks,answer,None,{}
+        self.learn,self.objective,self.teachers,self.trained = learn,objective,teachers,trained
+        self.hooks,self.answers,self.compared,self.items = hooks,answers,compared,items
+        self.sent,self.parts = None,{}
         self.task_loss = None     # a scalar, 0 where no item has a label
 
     @property
@@ -37,11 +40,16 @@ class Batch:
         "The student's logits"
         return get_logits(self.learn.pred)
 
+    @property
+    def answer(self) -> Tensor: # `None` if its forward pass ended early, or after the step
+        "Logits of the callback's own teacher; where no term asks it, of the first that is asked"
+        return self.answers[0] if self.answers else None
+
     @cached_property
     def features(self) -> list: # For each term a pair of lists of tensors: the student's, the teacher's
         "What each term compares: features, or the logits alone"
-        predictions = [self.pred],[self.answer]
-        return [(list(s.features), list(t.features)) if len(s) else predictions for s,t in self.hooks]
+        predictions = [self.pred]
+        return [(list(s.features) if len(s) else predictions, t) for (s,_),t in zip(self.hooks, self.compared)]
 
     @property
     def reduced(self) -> list: # A Boolean for each term
@@ -54,16 +62,18 @@ class Batch:
         return labels_for_losses(self.learn) if any(m.needs.needs_targ for m in self.objective.terms) else []
 
     def _each_term(self):
-        losses = self.trained.for_batch(self.objective.terms, self.features, self.learn.model)
-        return zip(self.objective.terms, self.features, losses, self.reduced)
+        n = None if self.items is None else len(self.learn.dl.dataset)
+        losses = self.trained.for_batch(self.objective.terms, self.features, self.learn.model, n)
+        for m,f,l,reduced in zip(self.objective.terms, self.features, losses, self.reduced):
+            yield m,(*f,*self.labels),dict(items=self.items, losses=l, reduced=reduced)
 
     def terms(self) -> list: # Scalars
         "The terms of the distillation loss, each with its weight among the others"
-        return [m(*f, *self.labels, losses=l, reduced=r) for m,f,l,r in self._each_term()]
+        return [m(*args, **kwargs) for m,args,kwargs in self._each_term()]
 
     def compare(self) -> list: # For each term a list of scalars, one for each pair of layers
         "The loss of each pair, not weighted"
-        return [m.compare(*f, *self.labels, losses=l, reduced=r) for m,f,l,r in self._each_term()]
+        return [m.compare(*args, **kwargs) for m,args,kwargs in self._each_term()]
 
     def send(self,
         kd_loss:Tensor, # Scalar
@@ -81,5 +91,5 @@ class Batch:
 
     def forget(self):
         "Drop the tensors: after the backward pass nobody needs them"
-        self.answer = self.task_loss = None
+        self.answers,self.compared,self.task_loss = (),(),None
         self.__dict__.pop('features', None)

@@ -39,7 +39,7 @@ class KnowledgeDistillationCallback(SharedCallback):
     _fit = _teacher = history = None
     trained = Trained()
     def __init__(self,
-        teacher, # `nn.Module`, `Learner`, `Teacher`, `TeacherRecording`, or a list of models, an ensemble
+        teacher, # `nn.Module`, `Learner`, `Teacher`, `TeacherRecording`, a list (an ensemble), or `None`: see `Match`
         loss=SoftTarget, # A loss (class, `partial`, instance, function), a `Match`, a list of these, or an `Objective`
         student_layers:str|list=None, # For a loss on features: names of the student's layers
         teacher_layers:str|list=None, # For a loss on features: names of the teacher's layers, in the same order
@@ -55,10 +55,9 @@ class KnowledgeDistillationCallback(SharedCallback):
         return self._teacher
     @teacher.setter
     def teacher(self, model):
-        teacher = _of_this_callback(as_teacher(model))
+        teacher = None if model is None else _of_this_callback(as_teacher(model))
         self.objective.check_teacher(teacher)
         with self._fit.paused(teacher) if self._fit else nullcontext():
-            if self._teacher is not None: self._teacher.stop()
             self._teacher,self.trained = teacher,Trained(saved=self.trained.saved)
 
     def before_fit(self):

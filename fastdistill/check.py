@@ -19,6 +19,8 @@ from torch import nn
 from .callback import KnowledgeDistillationCallback
 from .concerns import look, no_better_than_chance, says_guessing
 from .data import alike, describe_data
+from .ensemble import Ensemble
+from .layers import input_of
 from .matching import layer_shapes
 from .measure import comp_for, model_size, started, time_forward, validate_teacher
 from .objective import Objective
@@ -47,10 +49,13 @@ def _pairs(m, reduced, s, t):
     "For each pair of features that `m` compares: their layers and shapes, and what makes the shapes equal"
     names = m.calls(m.student_layers or [''], m.teacher_layers or [''])
     for (a,b),(fs,ft) in zip(names, m.calls(s, t)):
-        pooled = a and fs.ndim == ft.ndim == 4 and fs.shape[2:] != ft.shape[2:]
+        pooled = a and not m.needs.all_layers and fs.ndim == ft.ndim == 4 and fs.shape[2:] != ft.shape[2:]
         adapted = ['projector']*bool(a and m.needs.builds) + ['pooled']*bool(pooled) + [m.needs.reduction]*reduced
-        yield {'student layer':a, 'shape':tuple(fs.shape[1:]), 'teacher layer':b, 'shape ':tuple(ft.shape[1:]),
-               'adapted':', '.join(adapted)}
+        yield {'student layer':_brief(a), 'shape':_item_shape(fs), 'teacher layer':_brief(b),
+               'shape ':_item_shape(ft), 'adapted':', '.join(adapted)}
+
+def _brief(names): return names if isinstance(names, str) else ', '.join(names)
+def _item_shape(x): return list(map(_item_shape, x)) if isinstance(x, list) else tuple(x.shape[1:])
 
 def _table(rows):
     table = pd.DataFrame(rows)
@@ -65,7 +70,7 @@ class _FirstBatch(Callback):
 
     def before_backward(self):
         batch = self.kd.batch
-        self.inputs,self.concerns = batch.xb,look(batch)
+        self.inputs,self.concerns,self.teachers = batch.xb,look(batch),batch.teachers
         self._look_at_terms(batch)
         raise CancelFitException()
 
@@ -85,27 +90,32 @@ class _FirstBatch(Callback):
 # %% ../nbs/check.ipynb #9674ad66
 def _figures(model, call, xb, n): return {**model_size(model), 'ms for a batch':np.median(time_forward(call, xb, n))}
 
-def _compare_models(learn, teacher, xb, dl, n):
-    "Table of size, time and metrics of both; the teacher's right predictions, of how many items, of how many classes"
+def _compare_models(learn, teachers, xb, dl, n):
+    "Table of size, time and metrics of all; each teacher's right predictions, of how many items, of how many classes"
     if dl is None: dl = learn.dls.valid
-    rows,right = dict(teacher={}, student={}),(0,0,0)
-    names = ['valid_loss',*learn.metrics.attrgot('name')]
+    names,right = ['valid_loss',*learn.metrics.attrgot('name')],{k:(0,0,0) for k in teachers}
+    rows = {**{k:{} for k in teachers}, 'student':{}}
     kds = [cb for cb in learn.cbs if isinstance(cb, KnowledgeDistillationCallback)]
     with untouched(learn, dl), learn.no_bar(), learn.removed_cbs(kds):
         rows['student'] = _figures(learn.model, learn.model.eval(), xb, n)
         if len(dl): rows['student'].update(zip(names, learn.validate(dl=dl)))
-        if not teacher.live: return pd.DataFrame(rows).T,right
-        with started(teacher, learn): rows['teacher'] = _figures(teacher.model, teacher, xb, n)
-        if len(dl):
-            values,right = validate_teacher(learn, teacher, dl)
-            rows['teacher'].update(zip(names, values))
+        for k,a in ((k,a) for k,a in teachers.items() if a.teacher.live):
+            with started(a.teacher, learn): rows[k] = _figures(a.teacher.model, a.teacher, xb, n)
+            if not (len(dl) and a.judged): continue
+            values,right[k] = validate_teacher(learn, a.teacher, dl)
+            rows[k].update(zip(names, values))
     table = pd.DataFrame(rows).T.astype(float)     # `None` where a validation set has no labels
     costs = table.columns.isin(['parameters','MB','ms for a batch'])
-    table.loc['teacher / student'] = (table.loc['teacher']/table.loc['student']).where(costs)
+    for k in (k for k,a in teachers.items() if a.teacher.live):
+        table.loc[f'{k} / student'] = (table.loc[k]/table.loc['student']).where(costs)
     return table,right
 
 # %% ../nbs/check.ipynb #ac122703
-def _compare_data(teacher, student):
+def _compare_data(teachers, student):
+    if len(teachers) == 1: return _same_data(*(a.teacher.data for a in teachers.values()), student)
+    return pd.concat({k:_same_data(a.teacher.data, student) for k,a in teachers.items()})
+
+def _same_data(teacher, student):
     keys = [k for k in ('classes','size','mean','std') if k in teacher or k in student]
     def brief(o):
         return 'not known' if o is None else str([round(x, 4) if isinstance(x, float) else x for x in o])[:60]
@@ -117,23 +127,32 @@ def _compare_data(teacher, student):
 
 # %% ../nbs/check.ipynb #199903d9
 def weak_teacher(
-    models:pd.DataFrame, # Rows 'teacher' and 'student', columns 'valid_loss' and then the metrics
+    models:pd.DataFrame, # Rows of teacher and student, columns 'valid_loss' and then the metrics
     right:tuple, # The teacher's right predictions, of how many items, of how many classes
     comp=None, # For metrics whose names do not tell: `np.less` or `np.greater`
+    name:str='teacher', # Its row
 ) -> list: # Texts
     "Is the teacher no better than chance on the validation set, or worse than the student?"
     k,n,c = right
     if no_better_than_chance(k, n, c):
-        return [says_guessing(k, n, 'On the validation set the')]
-    if 'valid_loss' not in models or models.isna().loc['teacher','valid_loss']: return []
+        return [says_guessing(k, n, f'On the validation set the {name}')]
+    if 'valid_loss' not in models or models.isna().loc[name,'valid_loss']: return []
     metrics = models.columns[models.columns.get_loc('valid_loss')+1:]
     better = {m:c for m in metrics if (c := comp_for(m) or comp)} or {'valid_loss':np.less}
-    t,s = models.loc['teacher'],models.loc['student']
+    t,s = models.loc[name],models.loc['student']
     if not all(c(s[m], t[m]) for m,c in better.items()): return []
     shown = ', '.join(f'{m} {s[m]:.4g} against {t[m]:.4g}' for m in better)
-    return [f'The student is already better than the teacher ({shown}): it may learn little from it']
+    return [f'The student is already better than the {name} ({shown}): it may learn little from it']
 
 # %% ../nbs/check.ipynb #6be0c0a8
+def _depths(model, xb): return layer_shapes(model, xb).set_index('layer').depth.to_dict()
+
+def _depths_of(teacher, xb):
+    "Depth of each layer, 0 to 1; of an ensemble, in its network"
+    if isinstance(teacher, Ensemble):
+        return {f'models.{i}.{n}':d for i,t in enumerate(teacher.teachers) for n,d in _depths_of(t, xb).items()}
+    return _depths(teacher.model, xb if teacher.input_tfm is None else teacher.input_tfm(*xb))
+
 def distant_layers(
     student:nn.Module, # The student
     teacher:Teacher, # The teacher
@@ -142,10 +161,11 @@ def distant_layers(
     most:float=0.4, # The largest distance that is no concern, as a share of the depth
 ) -> list: # Texts
     "Are there pairs of layers that are far apart?"
-    pairs = {p for m in terms for p in m.calls(m.student_layers, m.teacher_layers)}
+    def layers(names): return [n.removesuffix(input_of) for n in names]
+    same = [m for m in terms if len(m.student_layers) == len(m.teacher_layers)]     # else nobody knows the pairs
+    pairs = {p for m in same for p in zip(layers(m.student_layers), layers(m.teacher_layers))}
     if not (pairs and teacher.live): return []
-    xb_t = xb if teacher.input_tfm is None else teacher.input_tfm(*xb)
-    s,t = (layer_shapes(*o).set_index('layer').depth for o in ((student, xb), (teacher.model, xb_t)))
+    s,t = _depths(student, xb),_depths_of(teacher, xb)
     far = sorted((a, b) for a,b in pairs if a in s and b in t and abs(s[a] - t[b]) > most)
     return [f'Student layer {a!r} is at {s[a]:.2f} of the depth, teacher layer {b!r} at {t[b]:.2f}: '
             'are they the layers you mean? `match_layers` proposes pairs' for a,b in far]
@@ -229,9 +249,12 @@ def distill_check(self:Learner,
     kd = callback_of(self, kd)
     first,added = _FirstBatch(kd),[] if any(cb is kd for cb in self.cbs) else [kd]
     with untouched(self, kd, dl), self.no_bar(): self.fit(1, cbs=[first, *added])
-    models,right = _compare_models(self, kd.teacher, first.inputs, dl, n)
-    enough = no_better_than_chance(0, *right[1:])     # the validation set tells better than a batch
+    teachers = {a.name:a for a in first.teachers.asked}
+    models,right = _compare_models(self, teachers, first.inputs, dl, n)
+    # the validation set tells better than a batch
+    enough = all(no_better_than_chance(0, *right[k][1:]) for k,a in teachers.items() if a.judged)
     found = [c for name,texts in first.concerns.items() for c in texts if not (enough and name == 'guessing')]
-    found += weak_teacher(models, right, comp) + distant_layers(self.model, kd.teacher, kd.matches, first.inputs)
+    for k,a in teachers.items():
+        found += weak_teacher(models, right[k], comp, k) + distant_layers(self.model, a.teacher, a.terms, first.inputs)
     found += unequal_losses(kd.objective, *first.norms)
-    return DistillCheck(models, _compare_data(kd.teacher.data, describe_data(self.dls)), first.terms, found)
+    return DistillCheck(models, _compare_data(teachers, describe_data(self.dls)), first.terms, found)

@@ -47,12 +47,15 @@ _cures = dict(classes='its logits stand for other classes', size='`Teacher(model
 def other_data(
     batch, # A `Batch`
 ) -> list: # Texts
-    "Was the teacher trained on data of another kind?"
-    teacher,student = batch.teacher.data,describe_data(batch.learn.dls)
-    facts = [k for k in teacher if k in student and not alike(teacher[k], student[k])]
-    if batch.teacher.input_tfm is not None: facts = [k for k in facts if k == 'classes']
-    return [f'The teacher was trained with {k} {_brief(teacher[k])}, '
-            f'but the student\'s batches have {_brief(student[k])}: '
+    "Was a teacher trained on data of another kind?"
+    return [text for a in batch.teachers.asked for text in _other_data(a, describe_data(batch.learn.dls))]
+
+def _other_data(asked, student):
+    data = asked.teacher.data
+    facts = [k for k in data if k in student and not alike(data[k], student[k])]
+    if asked.teacher.input_tfm is not None: facts = [k for k in facts if k == 'classes']
+    if not asked.judged: facts = [k for k in facts if k != 'classes']
+    return [f'The {asked.name} was trained with {k} {_brief(data[k])}, but the student\'s batches have {_brief(student[k])}: '
             + _cures.get(k, '`Teacher(model, input_tfm=...)` can normalise them again') for k in facts]
 
 def _brief(o):
@@ -75,32 +78,35 @@ def no_better_than_chance(
 def says_guessing(
     k:int, # How many items are right
     n:int, # Of how many
-    where:str, # 'The', or 'On the validation set the'
+    who:str, # 'The teacher', or 'On the validation set the teacher'
 ) -> str:
     "A sentence on a teacher that is no better than chance"
-    return (f'{where} teacher names the class of {k} items of {n}, no more than guessing would: are its classes in '
+    return (f'{who} names the class of {k} items of {n}, no more than guessing would: are its classes in '
             'another order, or does it expect other inputs, which `Teacher(model, input_tfm=...)` can make?')
 
 @concern
 def guessing(
     batch, # A `Batch`
 ) -> list: # Texts
-    "Does the teacher name the labels no better than chance? Blended labels are not judged"
-    if batch.answer is None or any(isinstance(cb, MixHandler) for cb in batch.learn.cbs): return []
-    if (found := one_class_each(batch.answer, batch.yb[0], task_ignores(batch.learn))) is None: return []
+    "Does a teacher name the labels no better than chance? Blended labels are not judged"
+    if any(isinstance(cb, MixHandler) for cb in batch.learn.cbs): return []
+    return [text for a,answer in zip(batch.teachers.asked, batch.answers) if a.judged and answer is not None
+            for text in _guessing(batch, answer, a.name)]
+
+def _guessing(batch, answer, name):
+    if (found := one_class_each(answer, batch.yb[0], task_ignores(batch.learn))) is None: return []
     answer,y = found
     k,n = (answer.argmax(1) == y).sum().item(),len(y)
-    if not no_better_than_chance(k, n, answer.shape[1]): return []
-    return [says_guessing(k, n, 'The')]
+    return [says_guessing(k, n, f'The {name}')] if no_better_than_chance(k, n, answer.shape[1]) else []
 
 # %% ../nbs/concerns.ipynb #e08bb778
 @concern
 def flat_targets(
     batch, # A `Batch`
 ) -> list: # Texts
-    "Does a temperature flatten the teacher's targets?"
-    if batch.answer is None: return []
-    found = [(m.needs.T, _flatness(batch.answer, m.needs)) for m in batch.objective.terms if _softens(m.needs)]
+    "Does a temperature flatten a teacher's targets?"
+    found = [(m.needs.T, _flatness(t[0], m.needs)) for m,(_,t) in zip(batch.objective.terms, batch.features)
+             if _softens(m.needs) and not m.teacher_layers]
     return [f'At T={T} the teacher\'s targets are flat, with {100*h:.2f} % of the entropy of equal probabilities: '
             'a lower temperature shows more' for T,h in found if h > 0.9995]
 

@@ -26,29 +26,68 @@ class WatchedInputs:
 
 # %% ../nbs/epoch.ipynb #b0a9ab38
 def check_teacher(teacher, student):
-    "Raise unless there is a teacher that is not the student"
-    if teacher is None:
-        raise ValueError('Expected a teacher, but this callback was loaded without one, as pickles hold none. '
-                         'Set it: `callback.teacher = ...`.')
+    "Raise unless the teacher is not the student"
     if {id(p) for p in student.parameters()} & {id(p) for p in teacher.model.parameters()}:
         raise ValueError(f'Expected a teacher of its own, but {teacher} is the student or has weights in common '
                          'with it. A `deepcopy` of the student would do.')
 
+# %% ../nbs/epoch.ipynb #7c1e5a30
+class ItemNumbers:
+    "Which items of the training set are in a batch; `ValueError` where the loader does not tell"
+    def __init__(self,
+        dl, # fastai's `DataLoader`, or the batches of a recording
+    ):
+        self.dl,self.own = dl,getattr(dl, 'item_numbers', None)
+        if self.own: return     # a recording knows
+        if not getattr(dl, 'indexed', False) or hasattr(dl, 'make_chunks'):
+            raise ValueError('Expected a `DataLoader` of fastai that draws numbered items, for a loss with a memory '
+                             f'of each, but got {type(dl).__module__}.{type(dl).__name__}')
+        self.found = vars(dl).get('get_idxs')
+        dl.get_idxs = self._draw
+
+    def _draw(self):
+        self.idxs = list((self.found or type(self.dl).get_idxs.__get__(self.dl))())
+        return self.idxs
+
+    def __call__(self,
+        i:int, # Number of the batch
+        like:Tensor, # Inputs of the batch
+    ) -> Tensor: # (B,), on their device
+        "The numbers; `ValueError` unless there is one for each input"
+        idxs = self.own() if self.own else self.idxs[i*self.dl.bs:(i+1)*self.dl.bs]
+        if len(idxs) == len(like): return torch.as_tensor(idxs).to(like.device, non_blocking=True)
+        raise ValueError(f'Expected {len(idxs)} items in the batch, but it has {len(like)}: the loader leaves some '
+                         'out, so a loss with a memory cannot tell which they are')
+
+    def remove(self):
+        "Leave the loader as it was"
+        if self.own: return
+        if self.found: self.dl.get_idxs = self.found
+        else: del self.dl.get_idxs
+
 # %% ../nbs/epoch.ipynb #a1fb8f0c
 class Epoch:
-    "One training epoch: hooks on both models, the teacher ready to answer"
-    def __init__(self, learn, objective, teacher):
+    "One training epoch: hooks on all models, the teachers ready to answer"
+    def __init__(self, learn, objective, teachers):
         model,student = learn.model,unwrap_model(learn.model)
-        teacher.start_for(learn)   # the fit stops it
-        learn.dl = teacher.batches(learn)
+        teachers.start_for(learn)   # the fit stops them
+        learn.dl = teachers.batches(learn)
         with ExitStack() as undo:
             self.inputs = WatchedInputs()
             undo.callback(model.register_forward_pre_hook(self.inputs).remove)
             def student_hooks(m): return FeatureHooks(model, m.student_layers, 'student', with_graph=True)
-            self.hooks = [(undo.enter_context(student_hooks(m)), undo.enter_context(teacher.hooks(m)))
-                          for m in objective.terms]
+            self.hooks = [(undo.enter_context(student_hooks(m)), undo.enter_context(a.teacher.hooks(m)))
+                          for m,a in zip(objective.terms, teachers.of_terms)]
+            self.items = self._number_items(learn.dl, objective, undo)
             self.buffers = [(b,b.clone()) for b in student.buffers()]   # until its first batch has succeeded
             self.undo = undo.pop_all()
+
+    def _number_items(self, dl, objective, undo):
+        "For losses with a memory of each item, else `None`"
+        if not any(m.needs.needs_items for m in objective.terms): return
+        items = ItemNumbers(dl)
+        undo.callback(items.remove)
+        return items
 
     @property
     def teacher_hooks(self): return [t for _,t in self.hooks]

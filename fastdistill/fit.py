@@ -19,11 +19,12 @@ from fastcore.xtras import modify_exception
 from torch import Tensor
 from .batch import Batch
 from .concerns import check_finite, concerns
+from .data import get_logits
 from .epoch import Epoch, check_teacher
 from .labels import look_at_labels, task_loss
-from .layers import is_compiled, unwrap_model
+from .layers import unwrap_model
 from .objective import Objective
-from .partial_forward import StopForward, StopProof, stop_after
+from .teachers import Teachers
 from .trained import Trained, process_group
 from .valid_agreement import for_no_labels
 
@@ -83,12 +84,12 @@ class Fit:
     "All that belongs to one fit, from its start to its end, with an error or without"
     def __init__(self, kd):
         self.kd,self.learn = kd,kd.learn
-        self.epoch = self.batch = self.may_stop = None
+        self.epoch = self.batch = self.teachers = None
         self._check_alone()
         self.undo = ExitStack()
         self.undo.callback(Guard(self.learn, kd.close).remove)
         self._add_columns()
-        self.undo.callback(self._stop_teacher)
+        self.undo.callback(self._stop_teachers)
         if is_trial(self.learn): self._train_a_copy()
         self.undo.callback(lambda: kd.trained.leave())
 
@@ -113,8 +114,8 @@ class Fit:
         def remove(): learn.metrics = learn.metrics.filter(lambda m: m not in columns)
         self.undo.callback(remove)
 
-    def _stop_teacher(self):
-        if self.kd.teacher is not None: self.kd.teacher.stop()
+    def _stop_teachers(self):
+        if self.teachers is not None: self.teachers.stop()
 
     def _train_a_copy(self):
         kd,found = self.kd,self.kd.trained
@@ -122,15 +123,13 @@ class Fit:
         self.undo.callback(setattr, kd, 'trained', found)
 
     def start_epoch(self):
-        "Hook both models and start the teacher"
+        "Hook all models and start the teachers"
         self.end_epoch()   # fastai does not end one that was cancelled
         kd,student = self.kd,unwrap_model(self.learn.model)
-        check_teacher(kd.teacher, student)
+        if self.teachers is None: self.teachers = Teachers(self.objective.terms, kd.teacher)
+        for t in self.teachers: check_teacher(t, student)
         if not kd.trained.belongs_to(student): kd.trained = Trained(student, kd.trained.saved)
-        on_features = all(m.teacher_layers for m in self.objective.terms)
-        if not (kd.teacher.live and on_features) or is_compiled(kd.teacher.model):
-            self.may_stop = False   # predictions need the whole pass; compiled code would break at the exception
-        self.epoch = Epoch(self.learn, self.objective, kd.teacher)
+        self.epoch = Epoch(self.learn, self.objective, self.teachers)
 
     def end_epoch(self):
         "Take the hooks off"
@@ -147,28 +146,16 @@ class Fit:
 @patch
 @says_where
 def ask_teacher(self:Fit):
-    "Let the teacher answer what the student was asked"
-    xb,teacher,epoch = self.learn.xb,self.kd.teacher,self.epoch
+    "Let the teachers answer what the student was asked"
+    epoch = self.epoch
     if epoch.inputs.written_over():
         student = type(unwrap_model(self.learn.model)).__name__
         raise ValueError(f'Expected {student} to leave its inputs as they are, but its forward pass writes over them, '
                          'so the teacher would see other inputs. Replace the in-place operation, for example '
                          '`x.sub_(mean)` by `x = x - mean`.')
-    teacher.check(*xb)
-    if teacher.choose(*xb):
-        for h in epoch.teacher_hooks: h.clear()
-    self.batch = Batch(self.learn, self.objective, teacher, self.kd.trained, epoch.hooks, self._answer(xb))
-
-@patch
-def _answer(self:Fit, xb):
-    "The teacher's logits, or `None` if its pass ended early: the hooks then have all that is compared"
-    teacher,hooks = self.kd.teacher,self.epoch.teacher_hooks
-    proof = StopProof(teacher.model) if self.may_stop is None else None
-    try: answer = teacher(*xb)
-    except StopForward: return
-    if proof is not None: self.may_stop = proof(hooks)
-    if self.may_stop: stop_after(hooks)
-    return answer
+    answers,compared = self.teachers.ask(self.learn.xb, epoch.teacher_hooks)
+    items = epoch.items and epoch.items(self.learn.iter, get_logits(self.learn.pred))
+    self.batch = Batch(self.learn, self.objective, self.teachers, self.kd.trained, epoch.hooks, answers, compared, items)
 
 # %% ../nbs/fit.ipynb #705ab7ad
 @patch
@@ -233,14 +220,15 @@ def end_batch(self:Fit):
 @patch
 @contextmanager
 def paused(self:Fit,
-    teacher, # The next `Teacher`
+    teacher, # The next `Teacher`, or `None`
 ):
     "Take the hooks off, change the teacher inside, go on; raises `ValueError` for a recording in mid-epoch"
-    running = self.epoch is not None
-    if running and not (self.kd.teacher.live and teacher.live):
+    running,found = self.epoch is not None,self.teachers
+    if running and not (found.live and Teachers(self.objective.terms, teacher).live):
         raise ValueError(f'Expected a recording to be set between two fits, but got {teacher} in the middle of one')
     self.end_epoch()
     self.kd.trained.leave()
     yield
-    self.may_stop = None
+    self.teachers = None if found is None else Teachers(self.objective.terms, teacher)
+    if found is not None: found.stop(but=self.teachers)
     if running: self.start_epoch()

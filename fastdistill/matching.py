@@ -14,7 +14,7 @@ import torch
 from fastai.torch_core import one_param, to_device
 from torch import nn, Tensor
 from .layers import unwrap_model
-from .ensemble import as_teacher
+from .ensemble import as_teacher, Ensemble
 
 # %% ../nbs/matching.ipynb #b0a0abfe
 def _tuple(x): return tuple(x) if isinstance(x, (list,tuple)) else (x,)
@@ -158,12 +158,13 @@ def _row(s, t, shapes_s, shapes_t):
 # %% ../nbs/matching.ipynb #0543a77c
 def match_layers(
     student:nn.Module, # Student, or its `Learner`
-    teacher:nn.Module, # Teacher: a module, a `Learner` or a `Teacher`
+    teacher:nn.Module, # Teacher: a module, a `Learner`, a `Teacher`, or a list of these
     x, # Inputs of a batch: a tensor, or a tuple of several
 ) -> LayerPairs: # Unpacks into the names of the student's layers and of the teacher's
     "Propose pairs of layers by resolution and depth; raises `ValueError` where no layers correspond"
     student,teacher = getattr(student, 'model', student),as_teacher(teacher)
     if not teacher.live: raise ValueError(f'Expected a network as the teacher, but got {teacher}')
+    if isinstance(teacher, Ensemble): return _for_each_network(student, teacher, x)
     xb = _tuple(x)
     xb_t = xb if teacher.input_tfm is None else _tuple(teacher.input_tfm(*xb))
     (s,notes_s),(t,notes_t) = _comparable(student, xb, 'student'),_comparable(teacher.model, xb_t, 'teacher')
@@ -175,3 +176,11 @@ def match_layers(
     row_s,row_t = (o.set_index('layer', drop=False).loc for o in (s,t))
     table = pd.DataFrame([_row(row_s[a], row_t[b], s, t) for a,b in pairs])
     return LayerPairs(table, [n for n,of_blocks in notes if of_blocks])
+
+def _for_each_network(student, ensemble, x):
+    "The proposals for all of them, with the names that the layers have in the ensemble"
+    found = [match_layers(student, t, x) for t in ensemble.teachers]
+    def renamed(i, names): return ', '.join(f'models.{i}.{n}' for n in names.split(', ') if n)
+    tables = [o.table.assign(**{k:[renamed(i, n) for n in o.table[k]] for k in ('teacher layer','or of the teacher')})
+              for i,o in enumerate(found)]
+    return LayerPairs(pd.concat(tables, ignore_index=True), dict.fromkeys(n for o in found for n in o.notes))

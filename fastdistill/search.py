@@ -21,6 +21,7 @@ from .check import callback_of
 from .measure import comp_for
 from .unlabelled import has_labels
 from .untouched import untouched
+from .valid_agreement import teacher_to_agree_with
 
 # %% ../nbs/search.ipynb #27852e72
 class WeightSearch:
@@ -78,7 +79,7 @@ def _monitor(learn, kd, name, comp):
     "The column that decides; raises `ValueError` where it is not known, or not which values are better"
     metrics = learn.metrics.attrgot('name')
     if not has_labels(learn.dls, learn.dls.valid):
-        if name in (None,'agreement') and kd.teacher.live: return 'agreement'
+        if name in (None,'agreement') and teacher_to_agree_with(kd) is not None: return 'agreement'
         raise ValueError('Expected a validation set with labels, or a network as the teacher and monitor=\'agreement\': '
                          f'without labels nothing else can be compared, but got the teacher {kd.teacher}')
     name = name or next((m for m in metrics if comp or comp_for(m)), 'valid_loss')

@@ -189,6 +189,17 @@ def hooks(self:Teacher,
     "Hooks that keep what a term compares"
     return FeatureHooks(self.model, m.teacher_layers, 'teacher')
 
+# %% ../nbs/teacher.ipynb #6ce1b40f
+@patch
+def answers_for(self:Teacher,
+    other, # A `Teacher`
+) -> bool:
+    "Can this one answer in the place of `other`: is it the same object, or the same network without options?"
+    if self is other: return True
+    plain = all(type(t) is Teacher and (t.input_tfm,t.dtype,t.channels_last,t.fast) == (None,None,False,False)
+                for t in (self,other))
+    return plain and self.model is other.model and other.data in ({},self.data)
+
 # %% ../nbs/teacher.ipynb #d197306b
 @patch
 def batches(self:Teacher,

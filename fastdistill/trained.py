@@ -36,7 +36,7 @@ class Trained:
         self.student = None if student is None else weakref.ref(student)
         self.saved = saved
         self.losses = None   # a `ModuleList` for each term, from the first batch on
-        self.channels,self.size,self.params = [],0,[]
+        self.channels,self.size,self.n_items,self.params = [],0,None,[]
         self.states,self.slow = {},{}   # of each parameter: the optimizer's state, Lookahead's slow weights
         self.opt = self.joined = None
 
@@ -52,15 +52,21 @@ def for_batch(self:Trained,
     terms:list, # `Match`es
     features:list, # For each of them a pair: what the student computed, what the teacher computed
     model:nn.Module, # The learner's model, with its wrappers
+    n_items:int=None, # Number of items in the training set, for losses with a memory of them
 ) -> nn.ModuleList: # For each term a list of losses, empty if it trains nothing
     "The losses of this batch, made when they are first asked for"
-    if self.losses is None: self._make(terms, features, model)
+    if self.losses is None: self._make(terms, features, model, n_items)
+    elif n_items != self.n_items:
+        if not rank_distrib(): warnings.warn(f'The training set has {n_items} items, and {self.n_items} before: '
+                                             'what the losses remember of each item starts anew.')
+        self.losses = None
+        self._make(terms, features, model, n_items)
     elif _channels(terms, self.losses, features) != self.channels and _size(model) != self.size:
         if not rank_distrib():
             warnings.warn('Layers of the student have other channels than before, as after pruning: what the losses '
                           'train for them starts anew. Prune before the fit, or use a loss that trains nothing, '
                           'such as `Attention`.')
-        self._make(terms, features, model)
+        self._make(terms, features, model, n_items)
     return self.losses
 
 def _size(model): return sum(p.numel() for p in model.parameters())
@@ -68,19 +74,21 @@ def _size(model): return sum(p.numel() for p in model.parameters())
 def _channels(terms, losses, features):
     "Channels of the student's features, for the terms that train"
     calls = [m.calls(*f) for m,f in zip(terms, features)]
-    return [[s.shape[channel_axis(s):][:1] for _,(s,_) in zip(*o)] for o in zip(losses, calls)]
+    return [[_n_channels(s) for _,(s,_) in zip(*o)] for o in zip(losses, calls)]
+
+def _n_channels(x): return list(map(_n_channels, x)) if isinstance(x, list) else x.shape[channel_axis(x):][:1]
 
 @patch
-def _make(self:Trained, terms, features, model):
+def _make(self:Trained, terms, features, model, n_items):
     device = features[0][0][0].device
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):   # the student draws the same
-        losses = nn.ModuleList(m.build(*f) for m,f in zip(terms, features))
+        losses = nn.ModuleList(m.build(*f, n_items) for m,f in zip(terms, features))
     if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
         losses = nn.SyncBatchNorm.convert_sync_batchnorm(losses)
     channels = _channels(terms, losses, features)
     if self.losses is not None: _keep_same(losses, channels, self.losses, self.channels)
     if self.saved: losses.load_state_dict(self.saved['losses'])
-    self.losses,self.channels,self.size = losses,channels,_size(model)
+    self.losses,self.channels,self.size,self.n_items = losses,channels,_size(model),n_items
     self.params = [p for p in losses.parameters() if p.requires_grad]
     if self.saved: self._load_states(self.saved['states'] or [])
     if (group := process_group(model)) is not None: self._share(group)
@@ -155,7 +163,7 @@ def average_gradients(self:Trained,
 @patch
 def state_dict(self:Trained) -> dict: # 'losses' and 'states'; `None` if there is nothing
     "What the losses have learned; what was loaded, if no batch came since"
-    if not self.params: return self.saved
+    if not (self.losses and self.losses.state_dict()): return self.saved
     states = [self.states.get(p, {}) for p in self.params] if self.states else None
     return dict(losses=self.losses.state_dict(), states=states)
 

@@ -7,6 +7,7 @@ from conftest import data, learner, net
 from test_measure import Permuted
 from fastdistill import concerns
 from fastdistill.all import *
+from fastdistill.teachers import Teachers
 
 def new(trained): return learner(net(4), trained.dls)
 
@@ -54,8 +55,8 @@ def test_answers_of_any_shape_can_be_looked_at(shape):
     objective = KnowledgeDistillationCallback(net(4), losses).objective
     for y in (torch.rand(20, *shape), torch.zeros(20).long(), torch.zeros(20, 2, 2).long(), ('a','b')):
         learn = SimpleNamespace(dls=None, cbs=[], loss_func=None)
-        teacher = SimpleNamespace(data={}, input_tfm=None)
-        batch = SimpleNamespace(learn=learn, teacher=teacher, yb=(y,), answer=answer, pred=answer,
-                                objective=objective)
+        teachers = Teachers(objective.terms, Teacher(net(4)))
+        batch = SimpleNamespace(learn=learn, teachers=teachers, yb=(y,), answers=[answer], pred=answer,
+                                objective=objective, features=[([answer], [answer])]*len(losses))
         texts = concerns.concerns(batch)
         assert not [t for t in texts if 'cannot look' in t], texts

@@ -132,7 +132,7 @@ def test_refusals(tmp_path):
     refuses(lambda: KD(rec, FitNet, '0', '0'), 'recording of 0,', holds)
     with pytest.raises(KeyError, match='has no layer'): record_teacher(teacher, dls, tmp_path/'n', loss=Attention, teacher_layers='nothing')
     refuses(lambda: record_teacher(teacher, dls, tmp_path/'n', loss=Attention, teacher_layers='5'), 'with 4 axes', 'shape (4, 3)')
-    refuses(lambda: record_teacher([teacher,teacher], dls, tmp_path/'n', loss=Attention, teacher_layers='0'), 'expected one teacher')
+    refuses(lambda: record_teacher([teacher,teacher], dls, tmp_path/'n', loss=Attention, teacher_layers='0'), 'start with the number', error=KeyError)
     refuses(lambda: record_teacher(teacher, dls, tmp_path/'n', loss=Attention, teacher_layers='0', topk=2), 'topk only where predictions')
     with pytest.raises(TypeError, match='blend inputs'): record_teacher(teacher, dls, tmp_path/'n', loss=Attention, teacher_layers='0', cbs=[Callback()])
     assert [f.name for f in tmp_path.iterdir()] == ['r']

@@ -53,7 +53,9 @@ registered_losses = {}   # Name -> class: each loss of this package
 class Loss(nn.Module):
     "Base class of a loss; its class attributes say what the loss needs"
     on_features:bool|None = None    # True: features of layers. False: predictions. None: either
+    all_layers:bool = False         # Call it once, with the lists of the features of all layers?
     needs_targ:bool = False         # Call it with the labels, as `loss(student, teacher, targ)`?
+    needs_items:bool = False        # Call it with the items' numbers in the training set, as the last argument?
     single_label:bool|None = None   # True: each item has one class. False: it has none, or several. None: any
     axis:int|None = None            # Axis of the classes in the predictions. None: it knows no classes
     same_channels:bool = False      # Must student and teacher have the same number of channels?
@@ -131,7 +133,8 @@ def as_loss(
     cls = loss.func if isinstance(loss, partial) else loss
     if isinstance(cls, type): loss = loss()
     if not callable(loss): raise TypeError(f'Expected a callable loss, `loss(student, teacher)`, but got {loss!r}')
-    args = ['student','teacher'] + ['targ']*loss_needs(loss).needs_targ
+    needs = loss_needs(loss)
+    args = ['student','teacher'] + ['targ']*needs.needs_targ + ['items']*needs.needs_items
     try: takes = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
     except ValueError: return loss   # a function written in C has no signature
     try: takes.bind(*args)

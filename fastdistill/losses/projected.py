@@ -34,7 +34,8 @@ class Projected(FeatureLoss, registered=False):
         loss, # Loss on features of the same channels: `loss(fm_student, fm_teacher)`, labels third if `needs_targ`
     ):
         super().__init__()
-        self.loss,self.projector,self.needs_targ = loss,None,loss_needs(loss).needs_targ
+        self.loss,self.projector,needs = loss,None,loss_needs(loss)
+        self.needs_targ,self.needs_items = needs.needs_targ,needs.needs_items
 
     def build(self,
         fm_student:Tensor, # Student's features
@@ -48,7 +49,7 @@ class Projected(FeatureLoss, registered=False):
     def forward(self,
         fm_student:Tensor, # Student's features
         fm_teacher:Tensor, # Teacher's features, of the same kind
-        *targ:Tensor, # Labels, for a loss that needs them
+        *targ:Tensor, # Labels and numbers of items, for a loss that needs them
     ) -> Tensor: # Scalar: the loss of the projected and the teacher's features
         "Raises `ValueError` for different kinds of features, and without a projector"
         if self.projector is None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seed_of', 'set_seeds', 'seeded', 'is_stream', 'texts_in_order', 'has_own_way', 'Items', 'BatchTransforms',
            'copy_loader', 'Numbered', 'distributed_loader', 'check_shared', 'Seeded', 'items_per_epoch', 'inputs_of',
-           'loader_of']
+           'epoch_of', 'loader_of']
 
 # %% ../../nbs/recording/batches.ipynb #b51f7821
 import math, random, sys
@@ -199,6 +199,10 @@ class Numbered(GetAttr):
         bs = self.dl.bs
         return np.array(self.idxs[i*bs:(i+1)*bs])
 
+    def item_numbers(self) -> list:
+        "Which items of the training set are in the last batch"
+        return self.idxs[self.i*self.dl.bs:(self.i+1)*self.dl.bs]
+
 def distributed_loader(): # A class, or `None`
     "fastai's `DistributedDL` where it is in use; it is not imported here, because it needs accelerate"
     return getattr(sys.modules.get('fastai.distributed'), 'DistributedDL', None)
@@ -247,7 +251,11 @@ class Seeded(Numbered):
         dl = copy_loader(dl, self.device)
         dl.rng = random.Random(self.seed_of('order'))
         dl.sample,dl.after_batch = Items(dl, names, self.share),BatchTransforms(dl, names, self.share)
+        self.opened = dl
         with texts_in_order(dl), closing(iter(dl)) as batches: yield batches
+
+    def item_numbers(self): # Likewise
+        return self.opened._DataLoader__idxs[self.i*self.dl.bs:(self.i+1)*self.dl.bs]
 
     def _load(self, batches, i):
         with seeded(self.seed_of('order'), self.device or self.dl.device): return next(batches, None)
@@ -276,10 +284,17 @@ def inputs_of(
     return b[:getattr(dls, 'n_inp', 1 if len(b) == 1 else len(b)-1)]
 
 # %% ../../nbs/recording/batches.ipynb #28d9a83e
+def epoch_of(
+    dl, # Any loader
+) -> Numbered: # `dl` itself, or `None`
+    "The running epoch, where a recording has made the batches of one"
+    return dl if issubclass(type(dl), Numbered) else None     # `isinstance` asks its `__class__`
+
 def loader_of(
     dl, # Any loader
 ) -> tuple: # The loader, and for `Numbered`: rank, world and device
     "The loader in fastai's `DistributedDL`, and what that knows of the processes"
+    if (epoch := epoch_of(dl)) is not None: return epoch.dl,dict(rank=epoch.rank, world=epoch.world, device=epoch.device)
     found = distributed_loader()
     if found is None or not isinstance(dl, found): return dl,{}
     return dl.dl,dict(rank=dl.rank, world=dl.world_size, device=dl.device)

@@ -7,7 +7,7 @@ __all__ = ['record_teacher']
 
 # %% ../../nbs/recording/record.ipynb #fea179b6
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from pathlib import Path
 import torch
 from fastai.callback.rnn import ModelResetter
@@ -28,7 +28,7 @@ def record_teacher(
     dls, # `DataLoaders` whose training set is recorded
     path, # Folder to make
     n_epoch:int=1, # Epochs to record; one is taken where inputs do not change from epoch to epoch
-    loss=SoftTarget, # What the recording is for: a loss, a `Match`, a list of these, or an `Objective`
+    loss=SoftTarget, # A loss, a `Match`, a list, or an `Objective`; of a `Match` with another teacher nothing is kept
     student_layers:str|list=None, # Not used: you may pass the same arguments as to the callback
     teacher_layers:str|list=None, # For a loss on features: names of the teacher's layers
     seed:int=0, # What the batches are drawn from
@@ -58,8 +58,11 @@ def record_teacher(
     return None if first_epoch else TeacherRecording(path)
 
 def _needed(teacher, loss, student_layers, teacher_layers, reduce):
-    "What the terms of an objective need of the teacher"
+    "What an objective needs of the teacher: those terms that ask it"
     if not isinstance(loss, Objective): loss = Objective(loss, student_layers or teacher_layers, teacher_layers)
+    loss = copy(loss)
+    loss.terms = loss.of_teacher(teacher)
+    if not loss.terms: raise ValueError(f'Expected a loss that asks {teacher}, but each `Match` names another teacher')
     loss.check_teacher(teacher)
     return kept_for(loss.terms, reduce)
 

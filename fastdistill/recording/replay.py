@@ -11,13 +11,13 @@ from pathlib import Path
 from fastai.callback.rnn import ModelResetter
 from fastcore.basics import patch
 from torch import nn, Tensor
-from .batches import loader_of, Numbered, Seeded
+from .batches import epoch_of, loader_of, Numbered, Seeded
 from .blends import check_blends, seed_blends
 from .files import epochs_text
 from .folders import open_folders
 from .fingerprints import leaves
 from .kept import find_kept, RecordedFeatures
-from .same import check_inputs, check_loader, differences, setup_of
+from .same import check_inputs, check_loader, check_together, differences, setup_of
 from ..teacher import Teacher
 
 # %% ../../nbs/recording/replay.ipynb #1d2fde8d
@@ -40,6 +40,9 @@ class TeacherRecording(Teacher):
 
     def start(self, device, reset=False):
         "There is nothing to start"
+    def answers_for(self, other):
+        "Has the other recording the same folders?"
+        return type(self) is type(other) and self.path == other.path
     def check_term(self, m):
         "Raise `ValueError` unless the recording holds what a term compares"
         find_kept(self.kept, m)
@@ -75,15 +78,20 @@ def batches(self:TeacherRecording,
 ): # Its batches
     "The batches of this epoch as they were recorded; `ValueError` if they are not available"
     self.stop()
-    dl,process = loader_of(learn.dl)
+    (dl,process),running = loader_of(learn.dl),epoch_of(learn.dl)
     check_loader(dl)
     _check_processes(learn, **process)
     check_blends(learn, self)
     h = self.header
     if d := differences(h['setup'], setup_of(learn.dls, dl, h['any_order'])):
         raise ValueError(f'{self} was made with other batches. {d}')
+    if running is not None:     # another recording of this fit came first, and has the blends seeded
+        check_together(self, running.recording, learn.n_epoch)
+        self.epoch = running
+        return running
     if h['any_order']: self.epoch = Numbered(dl, **process)
     else: self.epoch = Seeded(dl, h['seed'], learn.epoch % h['n_epoch'], h['rows'], **process)
+    self.epoch.recording = self
     self.blends = seed_blends(learn, self.epoch)
     return self.epoch
 

@@ -1,0 +1,161 @@
+"""What other teachers and other losses give: accuracy of one student, by method, on scikit-learn's digits or on cats and dogs.
+
+    python benchmarks/teachers.py digits [seeds]                 # a quarter of an hour on two cores
+    python benchmarks/teachers.py pets [seeds] --images FOLDER --others CIFAR100.zip     # an hour
+
+It writes benchmarks/teachers_digits.csv or teachers_pets.csv, a row for each run, and goes on where it was stopped. Each seed has its own student; the
+teachers are trained once. `teacher of 20 classes` (pets: 12) has learned ten more classes than the student: digits that lie on their side, or ten classes
+of CIFAR-100. `shuffled classes` is the first teacher with its last layer in another order: its rows equal those of `SoftTarget`.
+Images of cats and dogs are 32 pixels wide, and named as in fastai's PETS. Their teachers learn with random flips and shifts, students do not.
+"""
+import argparse, io, zipfile
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+import numpy as np, pandas as pd, torch
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, set_seed
+from fastai.layers import ConvLayer
+from fastdistill.all import *
+from fastdistill.digits import digits_cnn
+from torch import nn
+from torch.utils.data import TensorDataset
+
+class Augment(Callback):
+    "Random flips, and shifts of up to four pixels, of the training images"
+    def before_batch(self):
+        if not self.training: return
+        x = self.xb[0] if torch.rand(()) < .5 else self.xb[0].flip(3)
+        i,j = torch.randint(9, (2,)).tolist()
+        self.learn.xb = (nn.functional.pad(x, (4,4,4,4))[...,i:i+x.shape[2],j:j+x.shape[3]],)
+
+class Task:
+    "Data, networks and layers of one experiment"
+    def __init__(self, train, valid, vocab, more, student, teacher, layers, embedding, epochs, lr, augment=()):
+        self.train,self.valid,self.vocab,self.more = train,valid,vocab,more
+        self.student,self.teacher,self.layers,self.embedding = student,teacher,layers,embedding
+        self.epochs,self.lr,self.augment = epochs,lr,augment
+
+    def dls(self, more=False, n=None):
+        "With `more`, ten classes are added; with `n`, so many items to train on"
+        (x,y),vocab = self.train,list(self.vocab)
+        if n: x,y = x[:n],y[:n]
+        if more:
+            x,y = torch.cat([x, self.more[0]]),torch.cat([y, self.more[1]])
+            vocab += [f'other {i}' for i in range(10)]
+        dls = DataLoaders(DataLoader(TensorDataset(x, y), bs=50, shuffle=True), DataLoader(TensorDataset(*self.valid), bs=500))
+        dls.vocab = vocab
+        return dls
+
+    def learner(self, model, **kwargs):
+        return Learner(self.dls(**kwargs), model, loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+
+def digits():
+    from sklearn.datasets import load_digits
+    x,y = load_digits(return_X_y=True)
+    order = np.random.default_rng(1).permutation(len(x))
+    x,y = torch.tensor(x[order]).float().view(-1, 1, 8, 8)/16,torch.tensor(y[order])
+    (xt,yt),valid = (x[:1000],y[:1000]),(x[1000:],y[1000:])
+    more = xt.rot90(1, (2,3)),yt+10
+    def net(width, n): return digits_cnn(width) if n == 10 else _with_classes(digits_cnn(width), n)
+    layers = ['0','1','2']
+    return Task((xt,yt), valid, '0123456789', more, partial(net, 4), partial(net, 32), layers, '4', (60,20), 1e-2), 200
+
+def _with_classes(model, n):
+    model[-1] = nn.Linear(model[-1].in_features, n)
+    return model
+
+def pets(images, others, size=32):
+    from PIL import Image
+    def load(f):
+        im = Image.open(f).convert('RGB')
+        side = min(im.size)
+        left,top = (im.width-side)//2,(im.height-side)//2
+        im = im.crop((left, top, left+side, top+side)).resize((size,size), Image.BILINEAR)
+        return torch.tensor(np.array(im)).permute(2, 0, 1)
+    files = sorted(Path(images).glob('*.jpg'))
+    order = np.random.default_rng(1).permutation(len(files))
+    x = torch.stack([load(files[i]) for i in order])
+    y = torch.tensor([int(files[i].name[0].islower()) for i in order])
+    with zipfile.ZipFile(others) as z:
+        names = sorted(n for n in z.namelist() if n.endswith('.png') and n.split('/')[-3] == 'train')
+        classes = sorted({n.split('/')[-2] for n in names})[::10]
+        found = [(load(io.BytesIO(z.read(n))), 2+classes.index(c)) for n in names if (c := n.split('/')[-2]) in classes]
+    more = torch.stack([x for x,_ in found[::2]]),torch.tensor([y for _,y in found[::2]])
+    mean,std = (torch.tensor(o).view(3, 1, 1) for o in ((.485,.456,.406),(.229,.224,.225)))
+    def norm(x): return (x/255 - mean)/std
+    n = len(x)*4//5
+    def net(w, n):
+        stages = ConvLayer(3, w, stride=2),ConvLayer(w, 2*w, stride=2),ConvLayer(2*w, 4*w, stride=2)
+        return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*w, n))
+    return Task((norm(x[:n]),y[:n]), (norm(x[n:]),y[n:]), ('cat','dog'), (norm(more[0]),more[1]), partial(net, 16),
+                partial(net, 48), ['0','1','2'], '4', (10,40), 3e-3, [Augment()]), None
+
+def train(learn, epochs, lr, cbs=None):
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr, cbs=cbs)
+    return learn
+
+def teachers(task):
+    "Two teachers, one with ten more classes, and the first with its classes in another order"
+    def new(seed, **kwargs):
+        set_seed(seed, reproducible=True)
+        n = len(task.vocab) + 10*bool(kwargs)
+        return train(task.learner(task.teacher(n), **kwargs), task.epochs[1], task.lr, list(task.augment))
+    first,second,more = new(100),new(101),new(102, more=True)
+    order = torch.tensor([3,1,4,0,5,9,2,6,8,7] if len(task.vocab) == 10 else [1,0])
+    model = deepcopy(first.model)
+    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    with torch.no_grad(): last.weight.copy_(last.weight[order]); last.bias.copy_(last.bias[order])
+    shuffled = Teacher(model, vocab=[task.vocab[i] for i in order])
+    return first,second,more,shuffled
+
+def methods(task, first, second, more, shuffled):
+    "Name -> function that makes the arguments of the callback; `None` to train alone"
+    soft,l = SoftTarget(T=4),task.layers
+    def at(**kwargs): return Match(Attention, l, l, weight=1000, **kwargs)
+    def of(teacher, loss, weight, task_weight=None): return lambda: (teacher,loss,None,None,weight,task_weight)
+    embed = [task.embedding]*2
+    return {'student alone': lambda: None,
+            'SoftTarget': of(first, soft, .9),
+            'Attention': of(first, at(), 1., 1.),
+            'SoftTarget and Attention': of(first, [Match(soft), at()], .9, .1),
+            'ensemble of two, SoftTarget': of([first,second], soft, .9),
+            'two teachers, Attention to each': of(first, [at(), at(teacher=second)], 1., 1.),
+            'two teachers, SoftTarget and Attention to each': of([first,second], [Match(soft), at(teacher=first), at(teacher=second)], .9, .1),
+            'shuffled classes, SoftTarget': of(shuffled, soft, .9),
+            'ten more classes, SoftTarget': of(more, soft, .9),
+            'EMATeacher(0.99), SoftTarget': lambda: (EMATeacher(0.99), SoftTarget(T=1), None, None, .5, 1.),
+            'CRD': of(first, Match(CRD, *embed), .8, 1.),
+            'CRD and SoftTarget': of(first, [Match(soft), Match(CRD, *embed, weight=.8)], 1., 1.),
+            'ReviewKD': of(first, Match(ReviewKD, l, l), 1., 1.),
+            'ReviewKD and SoftTarget': of(first, [Match(soft), Match(ReviewKD, l, l)], 1., 1.)}
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('task', choices=['digits','pets'])
+    p.add_argument('seeds', type=int, nargs='?', default=3)
+    p.add_argument('--images', help='folder of cats and dogs')
+    p.add_argument('--others', help='zip of CIFAR-100, with folders train/class')
+    args = p.parse_args()
+    file = Path(__file__).with_name(f'teachers_{args.task}.csv')
+    rows = pd.read_csv(file).to_dict('records') if file.exists() else []
+    done = {(r['seed'],r['method']) for r in rows}
+    task,n = digits() if args.task == 'digits' else pets(args.images, args.others)
+    found = teachers(task)
+    for name,t in zip(('teacher','second teacher','teacher of more classes'), found):
+        if (0,name) in done: continue
+        x,y = task.valid
+        with torch.no_grad(): logits = t.model.eval()(x)
+        rows.append(dict(seed=0, method=name, accuracy=(logits[:,:len(task.vocab)].argmax(1) == y).float().mean().item()))
+    for seed in range(args.seeds):
+        for name,new in methods(task, *found).items():
+            if (seed,name) in done: continue
+            set_seed(seed, reproducible=True)
+            learn,kd = task.learner(task.student(len(task.vocab)), n=n),new()
+            train(learn, task.epochs[0], task.lr, None if kd is None else KnowledgeDistillationCallback(*kd))
+            rows.append(dict(seed=seed, method=name, accuracy=learn.recorder.values[-1][2]))
+            pd.DataFrame(rows).to_csv(file, index=False, float_format='%.4f')
+            print(seed, name, f'{rows[-1]["accuracy"]:.4f}', flush=True)
+    table = pd.DataFrame(rows).groupby('method', sort=False).accuracy.agg(['mean','std','count'])
+    print(table.to_string(float_format='{:.4f}'.format))
+
+if __name__ == '__main__': main()
