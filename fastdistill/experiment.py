@@ -134,7 +134,8 @@ def _plot_curves(ax, runs, colors, teacher):
         ax.plot(x, acc['mean'], color=colors[name], label=name)
         ax.fill_between(x, acc['min'], acc['max'], color=colors[name], alpha=0.15, lw=0)
     ax.axhline(teacher, color='#888888', ls='--', label='teacher')
-    ax.set(xlabel='epoch' if same else 'share of the training', ylabel='validation accuracy', title=f'students, mean of {runs.seed.nunique()} seeds')
+    ax.set(xlabel='epoch' if same else 'share of the training',
+           ylabel='validation accuracy', title=f'students, mean of {runs.seed.nunique()} seeds')
     ax.legend(frameon=False)
 
 def _plot_accuracies(ax, table, colors):

@@ -169,7 +169,7 @@ def set_loss(self:Fit):
     batch.send(kd_loss, terms)
     if learn.train_iter == 0: self._look_at_first_batch()
     loss = tw*batch.task_loss + w*kd_loss
-    learn.loss_grad = loss.to(batch.task_loss.dtype) if loss.dtype == torch.float64 else loss   # as the recorder wants it
+    learn.loss_grad = loss.to(batch.task_loss.dtype) if loss.dtype == torch.float64 else loss   # for the recorder
     learn.loss = learn.loss_grad.clone()
     self.epoch.clear_hooks()   # what the backward pass needs is in the graph
 

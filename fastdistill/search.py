@@ -80,7 +80,7 @@ def _monitor(learn, kd, name, comp):
     metrics = learn.metrics.attrgot('name')
     if not has_labels(learn.dls, learn.dls.valid):
         if name in (None,'agreement') and teacher_to_agree_with(kd) is not None: return 'agreement'
-        raise ValueError('Expected a validation set with labels, or a network as the teacher and monitor=\'agreement\': '
+        raise ValueError('Expected a validation set with labels, or a network as teacher and monitor=\'agreement\': '
                          f'without labels nothing else can be compared, but got the teacher {kd.teacher}')
     name = name or next((m for m in metrics if comp or comp_for(m)), 'valid_loss')
     known = ['train_loss','valid_loss',*metrics]

@@ -85,7 +85,7 @@ def add_unlabelled(
     dls, # `DataLoaders` whose items have one class each
     items, # More items to train on, as `dls.test_dl` takes them: files of images, or rows of a table
 ): # `DataLoaders`
-    "Let items without a label join the training set; raises `ValueError` for other labels than classes, and for no items"
+    "Let items without a label join the training set; `ValueError` for other labels than classes, and for no items"
     ds = dls.train_ds
     if not _has_one_class(ds):
         raise ValueError('Expected items of one class each, from a `DataBlock` with a `CategoryBlock`, but got '
