@@ -8,6 +8,7 @@ from .teacher import Teacher
 from .objective import Match
 from .callback import KnowledgeDistillationCallback, ShowDistillationGraph
 from .recording import TeacherRecording, record_teacher
+from .unlabelled import add_unlabelled
 from .untouched import untouched
 from .measure import agreement, calibration_error
 from .compare import compare

@@ -30,6 +30,7 @@ class Batch:
         self.hooks,self.answers,self.compared,self.items = hooks,answers,compared,items
         self.sent,self.parts = None,{}
         self.stepped = True     # unless its step is cancelled
+        self.task_loss = None     # a scalar, 0 where no item has a label
 
     @property
     def xb(self) -> tuple: return self.learn.xb
@@ -76,14 +77,13 @@ class Batch:
         return [m.compare(*args, **kwargs) for m,args,kwargs in self._each_term()]
 
     def send(self,
-        task_loss:Tensor, # Scalar
         kd_loss:Tensor, # Scalar
         terms:list, # Scalars
     ):
         "Start to copy the parts of the loss to the CPU, with a sum of each thing that the teacher computed"
         names = ['task_loss','kd_loss',*self.objective.names]
-        self.parts = {k:l.detach() for k,l in zip(names, (task_loss,kd_loss,*terms))}
-        self.sent = Transfer([task_loss, kd_loss, *terms, *self._sums_of_teacher()])
+        self.parts = {k:l.detach() for k,l in zip(names, (self.task_loss,kd_loss,*terms))}
+        self.sent = Transfer([self.task_loss, kd_loss, *terms, *self._sums_of_teacher()])
 
     def _sums_of_teacher(self):
         "Not finite where any number is not: an argmax or a comparison would hide that from the loss"
@@ -92,5 +92,5 @@ class Batch:
 
     def forget(self):
         "Drop the tensors: after the backward pass nobody needs them"
-        self.answers = self.compared = ()
+        self.answers,self.compared,self.task_loss = (),(),None
         self.__dict__.pop('features', None)

@@ -189,6 +189,7 @@ class ShowDistillationGraph(ShowGraphCallback):
         bar.names = ['train','valid','task','kd']
         parts = rec.losses,kd.losses['task_loss'],kd.losses['kd_loss']
         lines = [(range(len(l)), [float(o) for o in l]) for l in parts]
-        lines.insert(1, (self.nb_batches, [v[rec.metric_names.index('valid_loss')-1] for v in rec.values]))
+        valid = [v[rec.metric_names.index('valid_loss')-1] for v in rec.values]
+        lines.insert(1, ([],[]) if None in valid else (self.nb_batches, valid))     # no losses without labels
         n = (self.n_epoch - len(self.nb_batches)) * self.nb_batches[0] + len(rec.losses)
         bar.update_graph(lines, (0,n), (0,max(max(y) for _,y in lines if y)))

@@ -67,7 +67,6 @@ class _FirstBatch(Callback):
     "Look at the first batch, and end the fit before its gradients"
     order = KnowledgeDistillationCallback.order-1
     def __init__(self, kd): self.kd = kd
-    def after_loss(self): self.task_loss = self.loss_grad
 
     def before_backward(self):
         batch = self.kd.batch
@@ -80,7 +79,7 @@ class _FirstBatch(Callback):
         w,tw = _largest(batch.objective)
         def row(name, weight, loss, **pair):
             return {'term':name, 'loss':loss.item(), 'weight':weight, 'gradient norm':norm(loss), **pair}
-        rows,terms = [row('task', tw, self.task_loss)],[]
+        rows,terms = [row('task', tw, batch.task_loss)],[]
         for m,features,reduced,losses in zip(batch.objective.terms, batch.features, batch.reduced, batch.compare()):
             pairs = _pairs(m, reduced, *features)
             rows += [row(m.name, w*m.weight, loss, **pair) for pair,loss in zip(pairs, losses)]
@@ -106,7 +105,7 @@ def _compare_models(learn, teachers, xb, dl, n):
             if not (len(dl) and a.judged and classes_of(learn.dls).are_known_to(a.teacher)): continue
             values,right[k] = validate_teacher(learn, a.teacher, dl)
             rows[k].update(zip(names, values))
-    table = pd.DataFrame(rows).T
+    table = pd.DataFrame(rows).T.astype(float)     # `None` where a validation set has no labels
     costs = table.columns.isin(['parameters','MB','ms for a batch'])
     for k in (k for k,a in teachers.items() if a.teacher.live):
         table.loc[f'{k} / student'] = (table.loc[k]/table.loc['student']).where(costs)

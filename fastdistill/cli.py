@@ -63,6 +63,7 @@ def fastdistill(
     bs:int=None, # Images: batch size, of each process where several were launched (default: 64)
     lr:float=None, # Images: maximum learning rate (default: 1e-3)
     valid_pct:float=None, # Images: share to validate on where there is no folder valid (default: 0.2)
+    unlabelled:str=None, # Images: folder of images without labels, on which the distilled students also train
     epochs:int=None, # Epochs of each student, and of a teacher for images (default: digits 60, images 10)
     seeds:int=None, # Runs of each student (default: digits 5, images 3)
     out:str='fastdistill-demo', # Folder for results.csv, runs.csv, results.png, report.html and the exported students

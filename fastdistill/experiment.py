@@ -127,12 +127,15 @@ _colors = ['#888888','#4c72b0','#dd8452','#55a868','#8172b3']
 
 def _plot_curves(ax, runs, colors, teacher):
     "Learning curves: mean of the seeds, shaded from the worst to the best"
+    same = runs.groupby('method').epoch.max().nunique() == 1
     for name,rows in runs.groupby('method', sort=False):
         acc = rows.groupby('epoch').accuracy.agg(['mean','min','max'])
-        ax.plot(acc.index, acc['mean'], color=colors[name], label=name)
-        ax.fill_between(acc.index, acc['min'], acc['max'], color=colors[name], alpha=0.15, lw=0)
+        x = acc.index if same else acc.index/len(acc)     # epochs of few images and of many
+        ax.plot(x, acc['mean'], color=colors[name], label=name)
+        ax.fill_between(x, acc['min'], acc['max'], color=colors[name], alpha=0.15, lw=0)
     ax.axhline(teacher, color='#888888', ls='--', label='teacher')
-    ax.set(xlabel='epoch', ylabel='validation accuracy', title=f'students, mean of {runs.seed.nunique()} seeds')
+    ax.set(xlabel='epoch' if same else 'share of the training',
+           ylabel='validation accuracy', title=f'students, mean of {runs.seed.nunique()} seeds')
     ax.legend(frameon=False)
 
 def _plot_accuracies(ax, table, colors):

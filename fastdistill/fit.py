@@ -21,11 +21,12 @@ from .batch import Batch
 from .concerns import check_finite, concerns
 from .data import get_logits
 from .epoch import Epoch, check_teacher
-from .labels import check_labels
+from .labels import look_at_labels, task_loss
 from .layers import unwrap_model
 from .objective import Objective
 from .teachers import Teachers
 from .trained import Trained, process_group
+from .valid_agreement import for_no_labels
 
 # %% ../nbs/fit.ipynb #5174e4d4
 def is_trial(
@@ -104,6 +105,11 @@ class Fit:
 
     def _add_columns(self):
         learn,columns = self.learn,self.kd.history.columns(getattr(self.learn, 'recorder', None))
+        cbs,others = for_no_labels(self.kd)
+        for cb in cbs:
+            learn.add_cb(cb)
+            self.undo.callback(learn.remove_cb, cb)
+        columns = columns + others
         learn.metrics = learn.metrics + columns
         def remove(): learn.metrics = learn.metrics.filter(lambda m: m not in columns)
         self.undo.callback(remove)
@@ -158,16 +164,13 @@ def ask_teacher(self:Fit):
 def set_loss(self:Fit):
     "Make the learner's loss the whole objective"
     learn,batch = self.learn,self.batch
-    if not len(learn.yb):
-        raise ValueError('Expected labels: fastai takes no step on batches without labels. Give any, '
-                         'for example zeros, and `task_weight=0` to learn from the teacher alone.')
-    if learn.iter == 0: check_labels(self.objective, batch.pred, batch.yb[0])
-    task_loss,terms = learn.loss_grad.as_subclass(Tensor),batch.terms()
+    look_at_labels(learn, self.objective)
+    batch.task_loss,terms = task_loss(learn),batch.terms()
     kd_loss,(w,tw) = reduce(add, terms),self.objective.weights_at(learn.pct_train)
-    batch.send(task_loss, kd_loss, terms)
+    batch.send(kd_loss, terms)
     if learn.train_iter == 0: self._look_at_first_batch()
-    loss = tw*task_loss + w*kd_loss
-    learn.loss_grad = loss.to(task_loss.dtype) if loss.dtype == torch.float64 else loss   # as the recorder wants it
+    loss = tw*batch.task_loss + w*kd_loss
+    learn.loss_grad = loss.to(batch.task_loss.dtype) if loss.dtype == torch.float64 else loss   # for the recorder
     learn.loss = learn.loss_grad.clone()
     self.epoch.clear_hooks()   # what the backward pass needs is in the graph
 

@@ -28,10 +28,10 @@ def in_order(
 def split_batch(
     dl, # The loader that `batch` comes from
     batch, # Inputs, then the label
-) -> tuple: # Inputs, as a tuple; label
+) -> tuple: # Inputs, as a tuple; label, `None` where there is none
     "Inputs of a batch, and its label, as fastai's learner takes them"
     n_inp = getattr(dl, 'n_inp', max(1, len(batch)-1))
-    return tuple(batch[:n_inp]),batch[n_inp]
+    return tuple(batch[:n_inp]),batch[n_inp] if len(batch) > n_inp else None
 
 def decode_items(
     dl, # The loader that `batch` comes from
@@ -68,6 +68,7 @@ def _answer(model, xb, y):
     "Logits of a model for one batch"
     logits = get_logits(model(*to_device(clone_inputs(xb), one_param(model).device))).float().cpu()
     if one_class_each(logits, y) is None:
-        shapes = f'logits {tuple(logits.shape)} and labels {tuple(getattr(y, "shape", ()))}'
+        shapes = f'logits {tuple(logits.shape)} and ' + \
+                 ('no labels' if y is None else f'labels {tuple(getattr(y, "shape", ()))}')
         raise ValueError(f'Expected one class for each item, but got {shapes}')
     return logits

@@ -169,7 +169,7 @@ def validate_teacher(
 
 # %% ../nbs/measure.ipynb #59497daf
 _less_is_better = {'loss','error','mae','mse','rmse','msle','rmspe','perplexity'}
-_more_is_better = {'score','accuracy','acc','dice','jaccard','corrcoef','pearsonr','spearmanr','bleu'}
+_more_is_better = {'agreement','score','accuracy','acc','dice','jaccard','corrcoef','pearsonr','spearmanr','bleu'}
 
 def comp_for(
     name:str, # Name of a metric

@@ -19,7 +19,9 @@ from fastprogress.fastprogress import progress_bar
 from .callback import KnowledgeDistillationCallback
 from .check import callback_of
 from .measure import comp_for
+from .unlabelled import has_labels
 from .untouched import untouched
+from .valid_agreement import teacher_to_agree_with
 
 # %% ../nbs/search.ipynb #27852e72
 class WeightSearch:
@@ -73,9 +75,13 @@ def plot(self:WeightSearch,
     return ax
 
 # %% ../nbs/search.ipynb #33ba6356
-def _monitor(learn, name, comp):
+def _monitor(learn, kd, name, comp):
     "The column that decides; raises `ValueError` where it is not known, or not which values are better"
     metrics = learn.metrics.attrgot('name')
+    if not has_labels(learn.dls, learn.dls.valid):
+        if name in (None,'agreement') and teacher_to_agree_with(kd) is not None: return 'agreement'
+        raise ValueError('Expected a validation set with labels, or a network as teacher and monitor=\'agreement\': '
+                         f'without labels nothing else can be compared, but got the teacher {kd.teacher}')
     name = name or next((m for m in metrics if comp or comp_for(m)), 'valid_loss')
     known = ['train_loss','valid_loss',*metrics]
     if name not in known: raise ValueError(f'Expected monitor to be one of {", ".join(known)}, but got {name!r}')
@@ -99,7 +105,7 @@ def weight_finder(self:Learner,
     kd = callback_of(self, kd)
     if temperatures and not any(m.needs.T for m in kd.matches):
         raise ValueError(f'Expected a loss with a temperature, but got {", ".join(map(str, kd.matches))}')
-    monitor = _monitor(self, monitor, comp)
+    monitor = _monitor(self, kd, monitor, comp)
     tried = [(0., None)] + [(float(w), T) for T in temperatures or [None] for w in weights if w]
     rows = []
     for w,T,seed in progress_bar([(*o, s) for o in tried for s in range(seeds)], leave=False):

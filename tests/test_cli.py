@@ -55,6 +55,31 @@ def test_images_teacher_trained_here(run, images, tmp_path):
     assert image_teacher(image_dls(images, 32, 8), 'resnet18', tmp_path/'teacher.pth').model.state_dict().keys() == weights.keys()
     assert 'teacher: 1' in out and 'One seed says nothing' in out and 'accuracy ±' not in pd.read_csv(tmp_path/'results.csv')
 
+@pytest.fixture
+def more(tmp_path_factory):
+    "Twelve images without labels, in folders that mean nothing"
+    path = tmp_path_factory.mktemp('more')
+    for i in range(12):
+        (path/f'{i%2}'/'a').mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (50,40), (20*i,0,0)).save(path/f'{i%2}'/'a'/f'{i}.png')
+    return path
+
+def test_unlabelled_images(run, images, more, tmp_path, monkeypatch):
+    "The distilled student alone trains on them, for as many steps as the others"
+    seen = []
+    fit = Learner.fit_one_cycle
+    def spy(self, n_epoch, *args, **kw):
+        if n_epoch > 0: seen.append((len(self.dls.train_ds), n_epoch*len(self.dls.train)))
+        return fit(self, n_epoch, *args, **kw)
+    monkeypatch.setattr(Learner, 'fit_one_cycle', spy)
+    args = ['--from_scratch','--teacher','resnet18','--student','resnet18','--epochs','2','--seeds','1','--size','32','--bs','4','--loss','DecoupledKD']
+    out = run(images, '--unlabelled', more, '--out', tmp_path, *args)
+    assert seen == [(20,10), (20,15), (32,16)]     # teacher, student alone, student with teacher
+    assert '12 images without labels' in out and 'trains for 3 epochs' in out
+    assert list(pd.read_csv(tmp_path/'results.csv').model) == ['teacher','student, scratch','student, DecoupledKD']
+    assert pd.read_csv(tmp_path/'runs.csv').groupby('method').epoch.max().to_dict() == {'student, DecoupledKD':2, 'student, scratch':3}
+    load_learner(tmp_path/'student-DecoupledKD.pkl')
+
 @pytest.mark.parametrize('style', ['plain','learner'])
 def test_images_teacher_from_a_file(run, images, tmp_path, style):
     file = tmp_path/'teacher.pth'
@@ -97,6 +122,8 @@ def no_images(tmp_path):
     (tmp_path/'no_valid'/'valid').mkdir()
     for c in ('green','white'): draw(f'only_valid/valid/{c}', 2)
     for i in range(8): draw(f'single/{i}', 1)
+    draw('unreadable', 1)
+    (tmp_path/'unreadable'/'bad.png').write_text('no image')
     return tmp_path
 
 @pytest.mark.parametrize('args,msg', [
@@ -105,6 +132,11 @@ def no_images(tmp_path):
     (['{bad}/one'], "images of one class only, 'cat'"),
     (['{ok}','--bs','64'], '20 images to train on do not fill a batch of 64'),
     (['{ok}','--bs','8','--from_scratch','--teacher','vit_b_16'], 'no pooling layer'),
+    (['{ok}','--bs','8','--unlabelled','nowhere'], 'nowhere: no such folder'),
+    (['{ok}','--bs','8','--unlabelled','{bad}/no_valid/valid'], 'valid: no images in it. Expected images without labels'),
+    (['{ok}','--bs','8','--unlabelled','{ok}'], 'of its images are also among the labelled ones'),
+    (['{ok}','--bs','8','--unlabelled','{ok}/valid/red'], '10 of its images are also among the labelled ones'),
+    (['{ok}','--bs','8','--unlabelled','{bad}/unreadable'], '1 of 2 images cannot be read, such as .*bad.png'),
     (['{ok}','--teacher','resnet43'], "Unknown torchvision model 'resnet43'. Nearest: resnet34"),
     (['{ok}','--student','resnte18'], "Unknown torchvision model 'resnte18'. Nearest: resnet18"),
     (['{ok}','--loss','SoftTargets'], "Unknown loss 'SoftTargets'. Nearest: SoftTarget"),

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from fastai.callback.mixup import MixHandler
 from fastcore.basics import detuplify, listify
 from .batches import inputs_of, seeded
+from ..unlabelled import no_labels
 
 # %% ../../nbs/recording/blends.ipynb #6dc86ed5
 def describe_blend(
@@ -60,7 +61,7 @@ class Blends:
         xb = inputs_of(dls, b)
         if not self.cbs: return xb
         if epoch is not self.epoch: self._start(dls, epoch)
-        self.learn.xb,self.learn.yb = xb,b[len(xb):]
+        self.learn.xb,self.learn.yb = xb,b[len(xb):] or no_labels(xb)
         for k,cb in enumerate(self.running): blend(cb.before_batch, epoch, k)
         return self.learn.xb
 
