@@ -5,8 +5,9 @@
 
 It writes benchmarks/teachers_digits.csv or teachers_pets.csv, a row for each run, and goes on where it was stopped. Each seed has its own student; the
 teachers are trained once. `teacher of 20 classes` (pets: 12) has learned ten more classes than the student: digits that lie on their side, or ten classes
-of CIFAR-100. `shuffled classes` is the first teacher with its last layer in another order: its rows equal those of `SoftTarget`.
+of CIFAR-100. The students of digits have 200 labels, and those with images without labels 800 more images, and as many steps. `shuffled classes` is the first teacher with its last layer in another order: its rows equal those of `SoftTarget`.
 Images of cats and dogs are 32 pixels wide, and named as in fastai's PETS. Their teachers learn with random flips and shifts, students do not.
+Weights are those of the papers, but for Attention on the digits, where 1000 is too much: 10.
 """
 import argparse, io, zipfile
 from copy import deepcopy
@@ -30,15 +31,16 @@ class Augment(Callback):
 
 class Task:
     "Data, networks and layers of one experiment"
-    def __init__(self, train, valid, vocab, more, student, teacher, layers, embedding, epochs, lr, augment=()):
+    def __init__(self, train, valid, vocab, more, student, teacher, layers, embedding, epochs, lr, attention, augment=()):
         self.train,self.valid,self.vocab,self.more = train,valid,vocab,more
         self.student,self.teacher,self.layers,self.embedding = student,teacher,layers,embedding
-        self.epochs,self.lr,self.augment = epochs,lr,augment
+        self.epochs,self.lr,self.attention,self.augment = epochs,lr,attention,augment
 
-    def dls(self, more=False, n=None):
-        "With `more`, ten classes are added; with `n`, so many items to train on"
+    def dls(self, more=False, n=None, unlabelled=False):
+        "With `more`, ten classes are added; with `n`, so many items to train on; `unlabelled`: the others without labels"
         (x,y),vocab = self.train,list(self.vocab)
-        if n: x,y = x[:n],y[:n]
+        if unlabelled: y = torch.where(torch.arange(len(y)) < n, y, -100)
+        elif n: x,y = x[:n],y[:n]
         if more:
             x,y = torch.cat([x, self.more[0]]),torch.cat([y, self.more[1]])
             vocab += [f'other {i}' for i in range(10)]
@@ -58,7 +60,7 @@ def digits():
     more = xt.rot90(1, (2,3)),yt+10
     def net(width, n): return digits_cnn(width) if n == 10 else _with_classes(digits_cnn(width), n)
     layers = ['0','1','2']
-    return Task((xt,yt), valid, '0123456789', more, partial(net, 4), partial(net, 32), layers, '4', (60,20), 1e-2), 200
+    return Task((xt,yt), valid, '0123456789', more, partial(net, 4), partial(net, 32), layers, '4', (60,20), 1e-2, 10), 200
 
 def _with_classes(model, n):
     model[-1] = nn.Linear(model[-1].in_features, n)
@@ -88,7 +90,7 @@ def pets(images, others, size=32):
         stages = ConvLayer(3, w, stride=2),ConvLayer(w, 2*w, stride=2),ConvLayer(2*w, 4*w, stride=2)
         return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*w, n))
     return Task((norm(x[:n]),y[:n]), (norm(x[n:]),y[n:]), ('cat','dog'), (norm(more[0]),more[1]), partial(net, 16),
-                partial(net, 48), ['0','1','2'], '4', (10,40), 3e-3, [Augment()]), None
+                partial(net, 48), ['0','1','2'], '4', (10,40), 3e-3, 1000, [Augment()]), None
 
 def train(learn, epochs, lr, cbs=None):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr, cbs=cbs)
@@ -111,11 +113,12 @@ def teachers(task):
 def methods(task, first, second, more, shuffled):
     "Name -> function that makes the arguments of the callback; `None` to train alone"
     soft,l = SoftTarget(T=4),task.layers
-    def at(**kwargs): return Match(Attention, l, l, weight=1000, **kwargs)
+    def at(**kwargs): return Match(Attention, l, l, weight=task.attention, **kwargs)
     def of(teacher, loss, weight, task_weight=None): return lambda: (teacher,loss,None,None,weight,task_weight)
     embed = [task.embedding]*2
     return {'student alone': lambda: None,
             'SoftTarget': of(first, soft, .9),
+            'SoftTarget, and images without labels': of(first, soft, .9),
             'Attention': of(first, at(), 1., 1.),
             'SoftTarget and Attention': of(first, [Match(soft), at()], .9, .1),
             'ensemble of two, SoftTarget': of([first,second], soft, .9),
@@ -149,9 +152,12 @@ def main():
     for seed in range(args.seeds):
         for name,new in methods(task, *found).items():
             if (seed,name) in done: continue
+            unlabelled = 'without labels' in name
+            if unlabelled and n is None: continue     # all items have labels
             set_seed(seed, reproducible=True)
-            learn,kd = task.learner(task.student(len(task.vocab)), n=n),new()
-            train(learn, task.epochs[0], task.lr, None if kd is None else KnowledgeDistillationCallback(*kd))
+            learn,kd = task.learner(task.student(len(task.vocab)), n=n, unlabelled=unlabelled),new()
+            epochs = task.epochs[0]*n//len(task.train[0]) if unlabelled else task.epochs[0]     # as many steps
+            train(learn, epochs, task.lr, None if kd is None else KnowledgeDistillationCallback(*kd))
             rows.append(dict(seed=seed, method=name, accuracy=learn.recorder.values[-1][2]))
             pd.DataFrame(rows).to_csv(file, index=False, float_format='%.4f')
             print(seed, name, f'{rows[-1]["accuracy"]:.4f}', flush=True)

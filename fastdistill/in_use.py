@@ -55,9 +55,9 @@ def check_evaluation_graph(
 ):
     "Raise `ValueError` where a model was traced or exported in training mode, which `eval` cannot undo"
     if found := _in_training_form(model):
-        raise ValueError(f'Expected a teacher that was traced or exported in evaluation mode, but its {", ".join(found)} '
-                         'always works as in training. Call `model.eval()` before `torch.jit.trace` or '
-                         '`torch.export.export`.')
+        raise ValueError('Expected a teacher that was traced or exported in evaluation mode, '
+                         f'but its {", ".join(found)} always works as in training. '
+                         'Call `model.eval()` before `torch.jit.trace` or `torch.export.export`.')
 
 # %% ../nbs/in_use.ipynb #cad04cd8
 _uses,_lock = {},Lock()     # the networks in use, by id

@@ -294,8 +294,7 @@ def loader_of(
     dl, # Any loader
 ) -> tuple: # The loader, and for `Numbered`: rank, world and device
     "The loader in fastai's `DistributedDL`, and what that knows of the processes"
-    epoch = epoch_of(dl)
-    if epoch is not None: return epoch.dl,dict(rank=epoch.rank, world=epoch.world, device=epoch.device)
+    if epoch_of(dl) is not None: return dl.dl,dict(rank=dl.rank, world=dl.world, device=dl.device)
     found = distributed_loader()
     if found is None or not isinstance(dl, found): return dl,{}
     return dl.dl,dict(rank=dl.rank, world=dl.world_size, device=dl.device)
