@@ -3,11 +3,11 @@
     python benchmarks/teachers.py digits [seeds]                 # a quarter of an hour on two cores
     python benchmarks/teachers.py pets [seeds] --images FOLDER --others CIFAR100.zip     # an hour
 
-It writes benchmarks/teachers_digits.csv or teachers_pets.csv, a row for each run, and goes on where it was stopped. Each seed has its own student; the
-teachers are trained once. `teacher of 20 classes` (pets: 12) has learned ten more classes than the student: digits that lie on their side, or ten classes
-of CIFAR-100. The students of digits have 200 labels, and those with images without labels 800 more images, and as many steps. `shuffled classes` is the first teacher with its last layer in another order: its rows equal those of `SoftTarget`.
-Images of cats and dogs are 32 pixels wide, and named as in fastai's PETS. Their teachers learn with random flips and shifts, students do not.
-Weights are those of the papers, but for Attention on the digits, where 1000 is too much: 10.
+It writes benchmarks/teachers_digits.csv or teachers_pets.csv, a row for each run, and goes on where it was stopped. Teachers are trained once, and each
+seed has its own student. "Shuffled classes" is the first teacher with its last layer in another order: its rows equal those of SoftTarget. "Ten more
+classes" has also learned digits that lie on their side, or ten classes of CIFAR-100. The students of digits have 200 labels. Those with images without
+labels see 800 more images, in as many steps. Cats and dogs are 32 pixels wide, and named as in fastai's PETS. Their teachers learn with random flips and
+shifts, students do not. Weights are those of the papers, but for Attention on the digits, where 1000 is too much: 10.
 """
 import argparse, io, zipfile
 from copy import deepcopy
