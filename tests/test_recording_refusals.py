@@ -93,7 +93,7 @@ def test_what_cannot_be_recorded(tmp_path):
     refuses(lambda: record(teacher=Times(float('nan'))), 'not finite')
     assert record_teacher(Times(1e7), dls, tmp_path/'large32').header['answers'][0]['dtype'] == 'float32'
     rec = record_teacher(net(), dls, path)
-    refuses(lambda: record_teacher(rec, dls, tmp_path/'again'), 'Expected networks to record')
+    refuses(lambda: record_teacher(rec, dls, tmp_path/'again'), 'Expected networks that stay as they are to record')
 
 def test_answers_of_changing_shape(tmp_path):
     items = [(torch.randn(4 if i < 16 else 5, 2), 0) for i in range(24)]
