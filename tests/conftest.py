@@ -1,11 +1,15 @@
 "Small real and made data, small networks, quiet learners."
 import matplotlib
 matplotlib.use('agg')
-import socket, warnings
+import os, socket, warnings
 import pytest, torch
 from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner, TfmdDL, accuracy, set_seed
 from hypothesis import settings
 from torch import nn
+
+if 'PYTEST_XDIST_WORKER' in os.environ:     # the threads of several workers would wait for each other
+    os.environ.setdefault('OMP_NUM_THREADS', '1')     # for the processes that tests start
+    torch.set_num_threads(1)
 
 settings.register_profile('same', derandomize=True)     # the same examples each time; --hypothesis-profile=default draws new ones
 settings.load_profile('same')
