@@ -3,15 +3,16 @@
     python benchmarks/teachers.py digits [seeds]                 # a quarter of an hour on two cores
     python benchmarks/teachers.py pets [seeds] --images FOLDER --others CIFAR100.zip     # an hour
 
-It writes benchmarks/teachers_digits.csv or teachers_pets.csv, a row for each run, and goes on where it was stopped. Teachers are trained once, and each
-seed has its own student. "Shuffled classes" is the first teacher with its last layer in another order: its rows equal those of SoftTarget. "Ten more
-classes" has also learned digits that lie on their side, or ten classes of CIFAR-100. The students of digits have 200 labels. Those with images without
-labels see 800 more images, in as many steps. Cats and dogs are 32 pixels wide, and named as in fastai's PETS. Their teachers learn with random flips and
-shifts, students do not. Weights are those of the papers, but for Attention on the digits, where 1000 is too much: 10.
+It writes benchmarks/teachers_digits.csv or teachers_pets.csv, a row for each run, and goes on where it was stopped. Each seed has its own student, and a
+teacher is trained once, when it is first needed. "Shuffled classes" is the first teacher with its last layer in another order: its rows equal those of
+SoftTarget. "Ten more classes" has also learned digits that lie on their side, or ten classes of CIFAR-100. The students of digits have 200 labels. Those
+with images without labels see 800 more images, in as many steps. "160 labels" are 5 % of the cats and dogs, in as many steps as with all. Cats and dogs
+are 32 pixels wide, and named as in fastai's PETS. Their teachers learn with random flips and shifts, students do not. Weights are those of the papers,
+but for Attention on the digits, where 1000 is too much: 10.
 """
 import argparse, io, zipfile
 from copy import deepcopy
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, accuracy, set_seed
@@ -96,41 +97,55 @@ def train(learn, epochs, lr, cbs=None):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr, cbs=cbs)
     return learn
 
-def teachers(task):
-    "Two teachers, one with ten more classes, and the first with its classes in another order"
-    def new(seed, **kwargs):
-        set_seed(seed, reproducible=True)
-        n = len(task.vocab) + 10*bool(kwargs)
-        return train(task.learner(task.teacher(n), **kwargs), task.epochs[1], task.lr, list(task.augment))
-    first,second,more = new(100),new(101),new(102, more=True)
-    order = torch.tensor([3,1,4,0,5,9,2,6,8,7] if len(task.vocab) == 10 else [1,0])
-    model = deepcopy(first.model)
-    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-    with torch.no_grad(): last.weight.copy_(last.weight[order]); last.bias.copy_(last.bias[order])
-    shuffled = Teacher(model, vocab=[task.vocab[i] for i in order])
-    return first,second,more,shuffled
+class Teachers:
+    "Each is trained when it is first asked for"
+    def __init__(self, task): self.task = task
 
-def methods(task, first, second, more, shuffled):
+    def _new(self, seed, **kwargs):
+        set_seed(seed, reproducible=True)
+        task,n = self.task,len(self.task.vocab) + 10*bool(kwargs)
+        return train(task.learner(task.teacher(n), **kwargs), task.epochs[1], task.lr, list(task.augment))
+
+    @cached_property
+    def first(self): return self._new(100)
+    @cached_property
+    def second(self): return self._new(101)
+    @cached_property
+    def more(self): return self._new(102, more=True)
+
+    @cached_property
+    def shuffled(self):
+        "The first teacher with its classes in another order"
+        order = torch.tensor([3,1,4,0,5,9,2,6,8,7] if len(self.task.vocab) == 10 else [1,0])
+        model = deepcopy(self.first.model)
+        last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+        with torch.no_grad(): last.weight.copy_(last.weight[order]); last.bias.copy_(last.bias[order])
+        return Teacher(model, vocab=[self.task.vocab[i] for i in order])
+
+def methods(task, t):
     "Name -> function that makes the arguments of the callback; `None` to train alone"
-    soft,l = SoftTarget(T=4),task.layers
+    soft,l,embed = SoftTarget(T=4),task.layers,[task.embedding]*2
     def at(**kwargs): return Match(Attention, l, l, weight=task.attention, **kwargs)
-    def of(teacher, loss, weight, task_weight=None): return lambda: (teacher,loss,None,None,weight,task_weight)
-    embed = [task.embedding]*2
+    def with_soft(): return t.first,soft,None,None,.9
+    few = {'160 labels, student alone': lambda: None,
+           '160 labels, SoftTarget': with_soft,
+           '160 labels, SoftTarget, and images without labels': with_soft}
     return {'student alone': lambda: None,
-            'SoftTarget': of(first, soft, .9),
-            'SoftTarget, and images without labels': of(first, soft, .9),
-            'Attention': of(first, at(), 1., 1.),
-            'SoftTarget and Attention': of(first, [Match(soft), at()], .9, .1),
-            'ensemble of two, SoftTarget': of([first,second], soft, .9),
-            'two teachers, Attention to each': of(first, [at(), at(teacher=second)], 1., 1.),
-            'two teachers, SoftTarget and Attention to each': of([first,second], [Match(soft), at(teacher=first), at(teacher=second)], .9, .1),
-            'shuffled classes, SoftTarget': of(shuffled, soft, .9),
-            'ten more classes, SoftTarget': of(more, soft, .9),
+            'SoftTarget': with_soft,
+            **({'SoftTarget, and images without labels': with_soft} if len(task.vocab) == 10 else few),
+            'Attention': lambda: (t.first, at(), None, None, 1., 1.),
+            'SoftTarget and Attention': lambda: (t.first, [Match(soft), at()], None, None, .9, .1),
+            'ensemble of two, SoftTarget': lambda: ([t.first,t.second], soft, None, None, .9),
+            'two teachers, Attention to each': lambda: (t.first, [at(), at(teacher=t.second)], None, None, 1., 1.),
+            'two teachers, SoftTarget and Attention to each':
+                lambda: ([t.first,t.second], [Match(soft), at(teacher=t.first), at(teacher=t.second)], None, None, .9, .1),
+            'shuffled classes, SoftTarget': lambda: (t.shuffled, soft, None, None, .9),
+            'ten more classes, SoftTarget': lambda: (t.more, soft, None, None, .9),
             'EMATeacher(0.99), SoftTarget': lambda: (EMATeacher(0.99), SoftTarget(T=1), None, None, .5, 1.),
-            'CRD': of(first, Match(CRD, *embed), .8, 1.),
-            'CRD and SoftTarget': of(first, [Match(soft), Match(CRD, *embed, weight=.8)], 1., 1.),
-            'ReviewKD': of(first, Match(ReviewKD, l, l), 1., 1.),
-            'ReviewKD and SoftTarget': of(first, [Match(soft), Match(ReviewKD, l, l)], 1., 1.)}
+            'CRD': lambda: (t.first, Match(CRD, *embed), None, None, .8, 1.),
+            'CRD and SoftTarget': lambda: (t.first, [Match(soft), Match(CRD, *embed, weight=.8)], None, None, 1., 1.),
+            'ReviewKD': lambda: (t.first, Match(ReviewKD, l, l), None, None, 1., 1.),
+            'ReviewKD and SoftTarget': lambda: (t.first, [Match(soft), Match(ReviewKD, l, l)], None, None, 1., 1.)}
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -142,21 +157,25 @@ def main():
     file = Path(__file__).with_name(f'teachers_{args.task}.csv')
     rows = pd.read_csv(file).to_dict('records') if file.exists() else []
     done = {(r['seed'],r['method']) for r in rows}
-    task,n = digits() if args.task == 'digits' else pets(args.images, args.others)
-    found = teachers(task)
-    for name,t in zip(('teacher','second teacher','teacher of more classes'), found):
-        if (0,name) in done: continue
+    task,labels = digits() if args.task == 'digits' else pets(args.images, args.others)
+    found = Teachers(task)
+    for name in ('first','second','more'):
+        if (0,f'teacher: {name}') in done: continue
         x,y = task.valid
-        with torch.no_grad(): logits = t.model.eval()(x)
-        rows.append(dict(seed=0, method=name, accuracy=(logits[:,:len(task.vocab)].argmax(1) == y).float().mean().item()))
+        with torch.no_grad(): logits = getattr(found, name).model.eval()(x)
+        right = logits[:,:len(task.vocab)].argmax(1) == y
+        rows.append(dict(seed=0, method=f'teacher: {name}', accuracy=right.float().mean().item()))
     for seed in range(args.seeds):
-        for name,new in methods(task, *found).items():
+        for name,new in methods(task, found).items():
             if (seed,name) in done: continue
+            n = 160 if name.startswith('160 labels') else labels
             unlabelled = 'without labels' in name
-            if unlabelled and n is None: continue     # all items have labels
+            kd = new()     # trains the teacher, if need be
             set_seed(seed, reproducible=True)
-            learn,kd = task.learner(task.student(len(task.vocab)), n=n, unlabelled=unlabelled),new()
-            epochs = task.epochs[0]*n//len(task.train[0]) if unlabelled else task.epochs[0]     # as many steps
+            learn = task.learner(task.student(len(task.vocab)), n=n, unlabelled=unlabelled)
+            epochs = task.epochs[0]     # as many steps with few images as with all
+            if n == 160 and not unlabelled: epochs = epochs*len(task.train[0])//n
+            if labels and unlabelled: epochs = epochs*n//len(task.train[0])
             train(learn, epochs, task.lr, None if kd is None else KnowledgeDistillationCallback(*kd))
             rows.append(dict(seed=seed, method=name, accuracy=learn.recorder.values[-1][2]))
             pd.DataFrame(rows).to_csv(file, index=False, float_format='%.4f')
