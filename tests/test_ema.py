@@ -451,3 +451,26 @@ def test_two_processes(tmp_path):
             for k,v in found['average'].items():
                 if 'running' not in k: assert torch.equal(v, ranks[0][name]['average'][k])
                 assert torch.equal(found['loaded']['average'][k], ranks[0][name]['average'][k])
+
+# --- an average named by a Match ---
+
+def test_an_average_beside_another_teacher(teacher, tmp_path):
+    "It follows, is saved and resumed, belongs to its callback, and stays after a trial"
+    def new():
+        ema = EMATeacher(0.7)
+        return ema,KD(teacher, [SoftTarget, Match(Logits, teacher=ema)])
+    (ema,kd),learn = new(),learner()
+    with learn.no_bar(): learn.fit(1, cbs=kd)
+    assert ema.steps == 3
+    kd.save(tmp_path/'kd.pth')
+    assert torch.load(tmp_path/'kd.pth')['teachers'].keys() == {'matches[1].teacher'}
+    again,kd2 = new()
+    kd2.load(tmp_path/'kd.pth')
+    assert again.steps == 3
+    other = deepcopy(kd).matches[1].teacher
+    assert other is not ema and other.steps == 3 and same_state(ema.model, other.state_dict()['average'])
+    before = state(ema.model)
+    with learn.no_bar(): learn.distill_check(kd)
+    assert ema.steps == 3 and same_state(ema.model, before)
+    learn.fit(1, cbs=kd)
+    assert ema.steps == 6
