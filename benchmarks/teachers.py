@@ -162,7 +162,8 @@ def main():
     for name in ('first','second','more'):
         if (0,f'teacher: {name}') in done: continue
         x,y = task.valid
-        with torch.no_grad(): logits = getattr(found, name).model.eval()(x)
+        model = getattr(found, name).model.eval()
+        with torch.no_grad(): logits = model(x)
         right = logits[:,:len(task.vocab)].argmax(1) == y
         rows.append(dict(seed=0, method=f'teacher: {name}', accuracy=right.float().mean().item()))
     for seed in range(args.seeds):
