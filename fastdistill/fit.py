@@ -86,9 +86,10 @@ class Fit:
         self.kd,self.learn = kd,kd.learn
         self.epoch = self.batch = self.teachers = None
         self._check_alone()
+        added = for_no_labels(kd)     # may raise, so before anything is set up
         self.undo = ExitStack()
         self.undo.callback(Guard(self.learn, kd.close).remove)
-        self._add_columns()
+        self._add_columns(*added)
         self.undo.callback(self._stop_teachers)
         if is_trial(self.learn): self._train_a_copy()
         self.undo.callback(lambda: kd.trained.leave())
@@ -103,13 +104,12 @@ class Fit:
                          'One takes several losses as a list of `Match`es and several teachers as a list of models. '
                          '`learn.remove_cb(KnowledgeDistillationCallback)` removes one that was attached before.')
 
-    def _add_columns(self):
-        learn,columns = self.learn,self.kd.history.columns(getattr(self.learn, 'recorder', None))
-        cbs,others = for_no_labels(self.kd)
+    def _add_columns(self, cbs, columns):
+        learn = self.learn
         for cb in cbs:
             learn.add_cb(cb)
             self.undo.callback(learn.remove_cb, cb)
-        columns = columns + others
+        columns = self.kd.history.columns(getattr(learn, 'recorder', None)) + columns
         learn.metrics = learn.metrics + columns
         def remove(): learn.metrics = learn.metrics.filter(lambda m: m not in columns)
         self.undo.callback(remove)

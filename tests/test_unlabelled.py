@@ -406,3 +406,12 @@ def test_what_nothing_can_be_added_to(files, labels):
 def test_nothing_to_add(files):
     dls = block().dataloaders(split(files)[0], bs=4, num_workers=0, device='cpu')
     with pytest.raises(ValueError, match='got none'): add_unlabelled(dls, [])
+
+def test_an_error_at_the_start_leaves_the_learner_as_it_was(teacher):
+    "Bare tensors cannot be split into inputs and labels"
+    dls = loaders([torch.randn(2, 8, 8) for _ in range(8)], [torch.randn(2, 8, 8) for _ in range(8)], 4)
+    learn = learner(dls=dls)
+    found = dict(vars(learn))
+    with pytest.raises(ValueError, match='tuples'): learn.fit(1, cbs=KnowledgeDistillationCallback(teacher))
+    assert '_with_events' not in vars(learn) and '_with_events' not in found
+    assert [type(cb).__name__ for cb in learn.cbs] == [type(cb).__name__ for cb in found['cbs']]
