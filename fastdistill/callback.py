@@ -10,7 +10,6 @@ from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.training import GradientAccumulation
 from fastcore.basics import patch
 from contextlib import nullcontext
-from copy import copy
 from .fit import Fit
 from .history import History
 from .losses.predictions import SoftTarget
@@ -26,10 +25,6 @@ def as_objective(loss, student_layers, teacher_layers, weight, task_weight):
     if not isinstance(loss, Objective): return Objective(loss, student_layers, teacher_layers, weight, task_weight)
     if (student_layers,teacher_layers,weight,task_weight) == (None,None,0.5,None): return loss
     raise ValueError(f'Expected layers and weights in the `Objective`, but got them as arguments too: {loss}')
-
-def _of_this_callback(teacher):
-    "A recording knows at which batch a fit is, so each callback has its own; several fits may share a network"
-    return teacher if teacher is None or teacher.live else copy(teacher)
 
 # %% ../nbs/callback.ipynb #f8040a6c
 class KnowledgeDistillationCallback(SharedCallback):
@@ -55,7 +50,7 @@ class KnowledgeDistillationCallback(SharedCallback):
         return self._teacher
     @teacher.setter
     def teacher(self, model):
-        teacher = None if model is None else _of_this_callback(as_teacher(model))
+        teacher = None if model is None else as_teacher(model)
         self.objective.check_teacher(teacher)
         with self._fit.paused(teacher) if self._fit else nullcontext():
             self._teacher,self.trained = teacher,Trained(saved=self.trained.saved)

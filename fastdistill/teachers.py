@@ -53,7 +53,7 @@ class Teachers:
         for t in sorted(named, key=lambda t: t is not teacher):
             if self._find(t) is not None: continue
             # a recording knows at which batch a fit is, so each fit has its own
-            self.asked.append(AskedTeacher(t, t if t.live or t is teacher else copy(t)))
+            self.asked.append(AskedTeacher(t, t if t.live else copy(t)))
         self.of_terms = [self._find(t) for t in named]     # for each term
         for a,m in zip(self.of_terms, terms): a.terms.append(m)
         self._name()

@@ -250,7 +250,6 @@ def test_keyword_inputs_and_none():
     class Inner(nn.Module):
         def forward(self, hidden=None): return hidden*2
     with FeatureHooks(Outer(), ['inner:input']) as hooks:
-        hooks.model_name
         m = hooks[0].m
         m(hidden=torch.ones(2))
         assert hooks.features[0].tolist() == [1,1]

@@ -12,7 +12,8 @@ from functools import partial
 from types import SimpleNamespace
 from fastai.callback.mixup import MixHandler
 from fastcore.basics import detuplify, listify
-from .batches import inputs_of, seeded
+from .batches import inputs_of
+from .seeds import seeded
 from ..unlabelled import no_labels
 
 # %% ../../nbs/recording/blends.ipynb #6dc86ed5

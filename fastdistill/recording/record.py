@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from fastai.callback.rnn import ModelResetter
 from fastai.learner import Learner
-from .batches import seeded, texts_in_order
+from .batches import texts_in_order
+from .seeds import seeded
 from .kept import kept_for
 from .processes import together
 from .replay import TeacherRecording

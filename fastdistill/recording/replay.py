@@ -6,7 +6,6 @@
 __all__ = ['TeacherRecording']
 
 # %% ../../nbs/recording/replay.ipynb #d722ec29
-from copy import copy
 from os import PathLike
 from pathlib import Path
 from fastai.callback.rnn import ModelResetter
@@ -74,8 +73,6 @@ class TeacherRecording(Teacher):
         vars(res).update(vars(self))
         res._in_no_fit()
         return res
-
-    def for_copy(self, memo): return copy(self)
 
     def __repr__(self):
         h = self.header

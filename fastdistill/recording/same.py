@@ -10,7 +10,8 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 import torch
 from fastai.data.load import DataLoader
-from .batches import has_own_way, inputs_of, is_stream, seeded
+from .batches import has_own_way, inputs_of, is_stream
+from .seeds import seeded
 from .fingerprints import checksums
 from ..data import describe_data
 
