@@ -163,7 +163,11 @@ def load_state_dict(self:EMATeacher,
     self._saved = state
 
 @patch
-def for_copy(self:EMATeacher, memo): return memo.setdefault(id(self), copy(self))     # an average of its own
+def for_copy(self:EMATeacher,
+    memo:dict, # Of `deepcopy`
+) -> EMATeacher:
+    "The teacher of a callback that is copied: it goes on with an average of its own"
+    return memo.setdefault(id(self), copy(self))
 
 @patch
 def __getstate__(self:EMATeacher): return dict(decay=self.decay, _kept=None, _trial=None, _saved=self.state_dict())
