@@ -12,6 +12,8 @@ from test_images import images
 
 tiny = ['--epochs','1','--seeds','1','--size','32','--bs','8']
 
+pytestmark = pytest.mark.usefixtures('few_passes')
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     "Function that runs the command in this process and returns what it prints"

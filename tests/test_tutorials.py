@@ -9,6 +9,8 @@ from PIL import Image
 
 pages = Path(__file__).parents[1]/'nbs/tutorials'
 
+pytestmark = pytest.mark.usefixtures('few_passes')
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     "A folder for fastai's data, in place of the user's"
