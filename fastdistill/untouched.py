@@ -8,13 +8,15 @@ __all__ = ['untouched']
 # %% ../nbs/untouched.ipynb #1db27c10
 import random
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from fastai.torch_core import no_random, one_param
+from fastai.torch_core import no_random, one_param, to_device
 from fastcore.foundation import L
 from .fit import as_trial
+from .in_use import device_for
 
 # %% ../nbs/untouched.ipynb #c31124a6
 @contextmanager
@@ -84,4 +86,6 @@ def untouched(
           no_random(reproducible=False), learn.no_logging()):
         learn.opt = None
         as_trial(learn)
+        # fastai looks for the device in the parameters, which a network that was quantised does not have
+        if one_param(learn.model) is None: learn._set_device = partial(to_device, device=device_for(learn))
         yield

@@ -130,3 +130,27 @@ def test_an_error_of_the_first_batch_is_not_hidden():
     with pytest.raises(ValueError, match=r"(?s)Cosine\(\) cannot compare layers '0.0' and '0'.*same number of channels.*epoch 0, batch 0"):
         learn.fit(1, cbs=[quantize(), keep, KD(net(24), Cosine, '0.0', '0')])
     assert any(not v.numel() for v in found[0].values()) and same_state(learn.model, found[0])
+
+# --- what comes out of it, measured ---
+
+def quantised():
+    learn = learner(net(16), data(shuffle=False))
+    learn.fit(1, 1e-2, cbs=[quantize(), KD(net(24))])
+    return learn
+
+def test_a_quantised_student_is_compared_and_interpreted(trained):
+    "It has no parameters, where fastai looks for the device: figures are those of plain loops over its packed weights and its answers"
+    learn,dl = quantised(),data(shuffle=False).valid
+    model,(x,y) = learn.quantized_model.eval(),dl.one_batch()
+    assert not list(model.parameters())
+    packed = [t for m in model.modules() if hasattr(m, 'out_features') or hasattr(m, 'out_channels') for t in m._weight_bias()]
+    before = dict(vars(learn))
+    for order in (('teacher','student'),('student','teacher')):
+        both = dict(teacher=trained, student=learn)
+        row = compare({k:both[k] for k in order}, dl=dl).loc['student']
+        assert row.parameters == sum(t.numel() for t in packed) and row.MB < row.parameters*1.1e-6
+        assert row.accuracy == pytest.approx((model(x).argmax(1) == y).float().mean().item())
+    found = DistillationInterpretation.from_learners(trained, learn, dl=dl)
+    torch.testing.assert_close(found.logits['student'], model(x))
+    assert DistillationInterpretation.from_learners(learn, trained, dl=dl).logits['teacher'].equal(model(x))
+    assert vars(learn) == before
