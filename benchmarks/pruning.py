@@ -36,11 +36,11 @@ def soft_and_attention(teacher):
     return KnowledgeDistillationCallback(teacher, terms, weight=.9, task_weight=.1)
 
 # name -> fasterai's callback, ours, epochs, maximum learning rate
-methods = {'pruned, alone': (prune, None, 3, 1e-3),
-           'pruned, SoftTarget': (prune, soft, 3, 1e-3),
+methods = {'pruned, alone': (prune, None, 2, 1e-3),
+           'pruned, SoftTarget': (prune, soft, 2, 1e-3),
            'int8, alone': (QuantizeCallback, None, 1, 3e-4),
            'int8, SoftTarget': (QuantizeCallback, soft, 1, 3e-4),
-           'pruned, SoftTarget and Attention': (prune, soft_and_attention, 3, 1e-3)}
+           'pruned, SoftTarget and Attention': (prune, soft_and_attention, 2, 1e-3)}
 
 def new_learner(data, model):
     (xt,yt),(xv,yv) = data

@@ -47,8 +47,8 @@ def _same_attributes(*dicts):
             d.update(was)
 
 def _of_modules(model):
-    "The dictionaries in which the modules of `model` keep their parts, parameters and buffers"
-    return [m.__dict__.get(k) for m in model.modules() for k in ('_modules','_parameters','_buffers')]
+    "The dictionaries in which the modules of `model` keep attributes, parts, parameters and buffers"
+    return [d for m in model.modules() for d in (m.__dict__, *map(m.__dict__.get, ('_modules','_parameters','_buffers')))]
 
 # %% ../nbs/untouched.ipynb #98ebb60e
 def _objects_of(dl):
