@@ -43,7 +43,8 @@ def _same_buffers(average, student):
     "Buffers come and go while weights are made sparse, with a mask for each"
     for a,s in zip(average.modules(), student.modules()):
         for k in [k for k in a._buffers if k not in s._buffers]: del a._buffers[k]
-        for k in [k for k in s._buffers if k not in a._buffers]: a.register_buffer(k, s._buffers[k].clone(), persistent=False)
+        for k in [k for k in s._buffers if k not in a._buffers]:
+            a.register_buffer(k, s._buffers[k].clone(), persistent=False)
 
 # %% ../nbs/ema.ipynb #6968d66c
 class StudentAverage(AveragedModel):
@@ -122,10 +123,11 @@ def start_for(self:EMATeacher,
     super(EMATeacher, self).start_for(learn, terms)
 
 def _check_keeps_shapes(teacher, learn):
-    pruning = [type(cb).__name__ for cb in learn.cbs if hasattr(vars(cb).get('pruner'), 'prune_model')]
-    if pruning: raise ValueError(f'Expected a student that keeps the shapes of its weights, as {teacher} averages them, '
-                                 f'but {pruning[0]} prunes it in this fit. Prune before the fit, or take the student '
-                                 'as it is now for a teacher: `deepcopy(learn.model)`.')
+    for cb in learn.cbs:
+        if hasattr(vars(cb).get('pruner'), 'prune_model'):
+            raise ValueError(f'Expected a student that keeps the shapes of its weights, as {teacher} averages them, '
+                             f'but {type(cb).__name__} prunes it in this fit. Prune before the fit, or take the student '
+                             'as it is now for a teacher: `deepcopy(learn.model)`.')
 
 @patch
 def _average_for(self:EMATeacher, learn, average):

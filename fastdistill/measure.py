@@ -28,7 +28,8 @@ from .teacher import Teacher
 # %% ../nbs/measure.ipynb #293b08ab
 def _packed(model):
     "Weights that quantised layers keep packed: in the model's state, but neither parameters nor buffers"
-    named = {n for n,_ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]}
+    named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    named = {n for n,_ in named}
     found = [v if is_listy(v) else [v] for k,v in model.state_dict().items() if k not in named]
     return [t for ts in found for t in ts if isinstance(t, Tensor) and t.ndim]
 

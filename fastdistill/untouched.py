@@ -48,7 +48,8 @@ def _same_attributes(*dicts):
 
 def _of_modules(model):
     "The dictionaries in which the modules of `model` keep attributes, parts, parameters and buffers"
-    return [d for m in model.modules() for d in (m.__dict__, *map(m.__dict__.get, ('_modules','_parameters','_buffers')))]
+    parts = '_modules','_parameters','_buffers'
+    return [d for m in model.modules() for d in (m.__dict__, *map(m.__dict__.get, parts))]
 
 # %% ../nbs/untouched.ipynb #98ebb60e
 def _objects_of(dl):
