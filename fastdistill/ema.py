@@ -126,8 +126,8 @@ def _check_keeps_shapes(teacher, learn):
     for cb in learn.cbs:
         if hasattr(vars(cb).get('pruner'), 'prune_model'):
             raise ValueError(f'Expected a student that keeps the shapes of its weights, as {teacher} averages them, '
-                             f'but {type(cb).__name__} prunes it in this fit. Prune before the fit, or take the student '
-                             'as it is now for a teacher: `deepcopy(learn.model)`.')
+                             f'but {type(cb).__name__} prunes it in this fit. Prune before the fit, or take the '
+                             'student as it is now for a teacher: `deepcopy(learn.model)`.')
 
 @patch
 def _average_for(self:EMATeacher, learn, average):
