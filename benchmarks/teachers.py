@@ -19,6 +19,7 @@ from fastai.basics import Callback, CrossEntropyLossFlat, DataLoader, DataLoader
 from fastai.layers import ConvLayer
 from fastdistill.all import *
 from fastdistill.digits import digits_cnn
+from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -67,30 +68,37 @@ def _with_classes(model, n):
     model[-1] = nn.Linear(model[-1].in_features, n)
     return model
 
-def pets(images, others, size=32):
-    from PIL import Image
-    def load(f):
-        im = Image.open(f).convert('RGB')
-        side = min(im.size)
-        left,top = (im.width-side)//2,(im.height-side)//2
-        im = im.crop((left, top, left+side, top+side)).resize((size,size), Image.BILINEAR)
-        return torch.tensor(np.array(im)).permute(2, 0, 1)
+def load_image(f, size=32):
+    "The middle of a photograph, so many pixels wide: (3, size, size), bytes"
+    im = Image.open(f).convert('RGB')
+    side = min(im.size)
+    left,top = (im.width-side)//2,(im.height-side)//2
+    im = im.crop((left, top, left+side, top+side)).resize((size,size), Image.BILINEAR)
+    return torch.tensor(np.array(im)).permute(2, 0, 1)
+
+def cats_and_dogs(images):
+    "Photographs and labels in an order that is always the same"
     files = sorted(Path(images).glob('*.jpg'))
     order = np.random.default_rng(1).permutation(len(files))
-    x = torch.stack([load(files[i]) for i in order])
-    y = torch.tensor([int(files[i].name[0].islower()) for i in order])
+    x = torch.stack([load_image(files[i]) for i in order])
+    return x,torch.tensor([int(files[i].name[0].islower()) for i in order])
+
+def normalised(x):
+    mean,std = (torch.tensor(o).view(3, 1, 1) for o in ((.485,.456,.406),(.229,.224,.225)))
+    return (x/255 - mean)/std
+
+def pets(images, others):
+    x,y = cats_and_dogs(images)
     with zipfile.ZipFile(others) as z:
         names = sorted(n for n in z.namelist() if n.endswith('.png') and n.split('/')[-3] == 'train')
         classes = sorted({n.split('/')[-2] for n in names})[::10]
-        found = [(load(io.BytesIO(z.read(n))), 2+classes.index(c)) for n in names if (c := n.split('/')[-2]) in classes]
+        found = [(load_image(io.BytesIO(z.read(n))), 2+classes.index(c)) for n in names if (c := n.split('/')[-2]) in classes]
     more = torch.stack([x for x,_ in found[::2]]),torch.tensor([y for _,y in found[::2]])
-    mean,std = (torch.tensor(o).view(3, 1, 1) for o in ((.485,.456,.406),(.229,.224,.225)))
-    def norm(x): return (x/255 - mean)/std
     n = len(x)*4//5
     def net(w, n):
         stages = ConvLayer(3, w, stride=2),ConvLayer(w, 2*w, stride=2),ConvLayer(2*w, 4*w, stride=2)
         return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*w, n))
-    return Task((norm(x[:n]),y[:n]), (norm(x[n:]),y[n:]), ('cat','dog'), (norm(more[0]),more[1]), partial(net, 16),
+    return Task((normalised(x[:n]),y[:n]), (normalised(x[n:]),y[n:]), ('cat','dog'), (normalised(more[0]),more[1]), partial(net, 16),
                 partial(net, 48), ['0','1','2'], '4', (10,40), 3e-3, 1000, [Augment()]), None
 
 def train(learn, epochs, lr, cbs=None):

@@ -14,11 +14,12 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from fastai.torch_core import one_param, to_device
+from fastai.torch_core import to_device
 from fastcore.basics import listify
 from fastcore.foundation import L
 from torch import Tensor
 from .data import get_logits, ignored_label, one_class_each
+from .in_use import device_for
 from .items import clone_inputs, in_order
 from .measure import agreement, calibration_error, in_form, model_size, multiply_adds, time_forward
 from .teacher import classes_of, Teacher
@@ -32,7 +33,7 @@ def _repeated(xb, n):
 def _cost(learn, xb, batch_sizes, n):
     "Size and speed of a learner's model, in evaluation mode"
     with untouched(learn):
-        model,xb = learn.model.eval(),to_device(xb, one_param(learn.model).device)
+        model,xb = learn.model.eval(),to_device(xb, device_for(learn))
         row = {**model_size(model), 'million multiply-adds':multiply_adds(model, _repeated(xb, 1))}
         for bs in batch_sizes:
             times = np.array(time_forward(model, _repeated(xb, bs), n))
@@ -184,7 +185,7 @@ def _check_labels(runs):
 def _as_table(rows, learners, n):
     columns = dict.fromkeys(c for row in sorted(rows.values(), key=len, reverse=True) for c in row)
     table = Comparison(pd.DataFrame(rows).T.reindex(columns=columns).infer_objects())
-    device = one_param(next(iter(learners.values()))[0].model).device
+    device = device_for(next(iter(learners.values()))[0])
     cpu = f'{device}, {torch.get_num_threads()} threads'
     name = cpu if device.type == 'cpu' else torch.cuda.get_device_name(device)
     table.attrs.update(seeds=max(map(len, learners.values())), n=n, device=name)

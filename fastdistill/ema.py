@@ -39,6 +39,13 @@ def _copy(student, learn):
 
 def _shapes(model): return [t.shape for t in chain(model.parameters(), model.buffers())]
 
+def _same_buffers(average, student):
+    "Buffers come and go while weights are made sparse, with a mask for each"
+    for a,s in zip(average.modules(), student.modules()):
+        for k in [k for k in a._buffers if k not in s._buffers]: del a._buffers[k]
+        for k in [k for k in s._buffers if k not in a._buffers]:
+            a.register_buffer(k, s._buffers[k].clone(), persistent=False)
+
 # %% ../nbs/ema.ipynb #6968d66c
 class StudentAverage(AveragedModel):
     "The moving average of one student's weights and buffers"
@@ -52,7 +59,10 @@ class StudentAverage(AveragedModel):
 
     def belongs_to(self, student): return self.student() is student
 
-    def fits(self, student): return _shapes(self.module) == _shapes(student)
+    def fits(self, student):
+        "Have both the same shapes?"
+        _same_buffers(self.module, student)
+        return _shapes(self.module) == _shapes(student)
 
     def state(self): return dict(average=deepcopy(self.module.state_dict()), steps=self.steps)
 
@@ -104,12 +114,20 @@ def start_for(self:EMATeacher,
     terms:list=None, # `Match`es that it will be asked for
 ):
     "Take the average of this student, or make one; raises `ValueError` where a saved one does not fit"
+    _check_keeps_shapes(self, learn)
     self.data = describe_data(learn.dls)
     found = self.model
     if is_trial(learn): self._trial = self._average_for(learn, self._trial)
     else: self._kept,self._saved = self._average_for(learn, None if self._saved else self._kept),None
     if self.model is not found: end_use(found, self)
     super(EMATeacher, self).start_for(learn, terms)
+
+def _check_keeps_shapes(teacher, learn):
+    for cb in learn.cbs:
+        if hasattr(vars(cb).get('pruner'), 'prune_model'):
+            raise ValueError(f'Expected a student that keeps the shapes of its weights, as {teacher} averages them, '
+                             f'but {type(cb).__name__} prunes it in this fit. Prune before the fit, or take the '
+                             'student as it is now for a teacher: `deepcopy(learn.model)`.')
 
 @patch
 def _average_for(self:EMATeacher, learn, average):

@@ -8,7 +8,7 @@ __all__ = ['Epoch']
 # %% ../nbs/epoch.ipynb #4a5632db
 from contextlib import ExitStack
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 from .layers import FeatureHooks, unwrap_model
 
 # %% ../nbs/epoch.ipynb #07774789
@@ -30,6 +30,25 @@ def check_teacher(teacher, student):
     if {id(p) for p in student.parameters()} & {id(p) for p in teacher.model.parameters()}:
         raise ValueError(f'Expected a teacher of its own, but {teacher} is the student or has weights in common '
                          'with it. A `deepcopy` of the student would do.')
+
+def check_student(student):
+    "Raise unless there is something to train"
+    if next(student.parameters(), None) is None:
+        raise ValueError(f'Expected a student with parameters, but {type(student).__name__} has none, as after '
+                         'quantisation. Train it further before it is converted.')
+
+def check_models(student, teachers):
+    "Raise unless there is a student to train, and each teacher is another network"
+    check_student(student)
+    for t in teachers: check_teacher(t, student)
+
+def check_no_other(cbs):
+    "Raise where a callback of another library distils too"
+    for cb in cbs:
+        if isinstance(vars(cb).get('teacher'), nn.Module) and hasattr(type(cb), 'after_loss'):
+            raise ValueError('Expected one callback that distils, but the learner also has '
+                             f'{type(cb).__module__}.{type(cb).__name__}, so the student would be distilled '
+                             'twice. Leave out one of them; `learn.remove_cb` takes one off the learner.')
 
 # %% ../nbs/epoch.ipynb #7c1e5a30
 class ItemNumbers:

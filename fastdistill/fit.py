@@ -20,7 +20,7 @@ from torch import Tensor
 from .batch import Batch
 from .concerns import check_finite, concerns
 from .data import get_logits
-from .epoch import Epoch, check_teacher
+from .epoch import Epoch, check_models, check_no_other
 from .labels import look_at_labels, task_loss
 from .layers import unwrap_model
 from .objective import Objective
@@ -99,7 +99,7 @@ class Fit:
 
     def _check_alone(self):
         kds = [cb for cb in self.learn.cbs if isinstance(vars(cb).get('objective'), Objective)]   # subclasses as well
-        if len(kds) < 2: return
+        if len(kds) < 2: return check_no_other(self.learn.cbs)
         raise ValueError(f'Expected one KnowledgeDistillationCallback, but the learner has {len(kds)}. '
                          'One takes several losses as a list of `Match`es and several teachers as a list of models. '
                          '`learn.remove_cb(KnowledgeDistillationCallback)` removes one that was attached before.')
@@ -127,7 +127,7 @@ class Fit:
         self.end_epoch()   # fastai does not end one that was cancelled
         kd,student = self.kd,unwrap_model(self.learn.model)
         if self.teachers is None: self.teachers = Teachers(self.objective.terms, kd.teacher)
-        for t in self.teachers: check_teacher(t, student)
+        check_models(student, self.teachers)
         if not kd.trained.belongs_to(student): kd.trained = Trained(student, kd.trained.saved)
         self.epoch = Epoch(self.learn, self.objective, self.teachers)
 

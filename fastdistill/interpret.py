@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
-from fastai.torch_core import one_param, to_device
+from fastai.torch_core import to_device
 from fastcore.basics import listify, patch
 from torch import Tensor
 from .data import ignored_label
+from .in_use import device_for
 from .items import answer_items, decode_items, in_order, split_batch
 from .layers import FeatureHooks
 from .losses.features import Attention
@@ -210,7 +211,7 @@ def _attention_maps(learn, names, xb, role):
     model = learn.model
     network = model.model if isinstance(model, TeacherModule) else model
     with untouched(learn), torch.no_grad(), FeatureHooks(network, names, role) as hooks:
-        model.eval()(*to_device(xb, one_param(model).device))
+        model.eval()(*to_device(xb, device_for(learn)))
         features = list(hooks.features)
     for n,f in zip(names, features):
         if f.ndim != 4:

@@ -8,10 +8,11 @@ __all__ = ['in_order', 'split_batch', 'decode_items', 'clone_inputs', 'answer_it
 # %% ../nbs/items.ipynb #0066fcdd
 from contextlib import ExitStack
 import torch
-from fastai.torch_core import apply, no_random, one_param, to_device
+from fastai.torch_core import apply, no_random, to_device
 from torch import Tensor
 from torch.utils.data import DataLoader as TorchDL, RandomSampler
 from .data import get_logits, one_class_each
+from .in_use import device_for
 from .untouched import untouched
 
 # %% ../nbs/items.ipynb #ba6ec9c5
@@ -56,17 +57,17 @@ def answer_items(
     found = []
     with ExitStack() as stack, torch.no_grad():
         for l in learners.values(): stack.enter_context(untouched(l))
-        models = [l.model.eval() for l in learners.values()]
+        models = [(l.model.eval(),device_for(l)) for l in learners.values()]
         for b in dl:
             xb,y = split_batch(dl, b)
-            found.append((*(_answer(m, xb, y) for m in models), y.flatten().long().cpu()))
+            found.append((*(_answer(*m, xb, y) for m in models), y.flatten().long().cpu()))
     if not found: raise ValueError('Expected items to answer, but got an empty loader')
     *logits,targ = [torch.cat(o).as_subclass(Tensor) for o in zip(*found)]
     return dict(zip(learners, logits)),targ
 
-def _answer(model, xb, y):
+def _answer(model, device, xb, y):
     "Logits of a model for one batch"
-    logits = get_logits(model(*to_device(clone_inputs(xb), one_param(model).device))).float().cpu()
+    logits = get_logits(model(*to_device(clone_inputs(xb), device))).float().cpu()
     if one_class_each(logits, y) is None:
         shapes = f'logits {tuple(logits.shape)} and ' + \
                  ('no labels' if y is None else f'labels {tuple(getattr(y, "shape", ()))}')

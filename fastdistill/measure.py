@@ -26,13 +26,20 @@ from .data import get_logits, ignored_label, one_class_each
 from .teacher import Teacher
 
 # %% ../nbs/measure.ipynb #293b08ab
+def _packed(model):
+    "Weights that quantised layers keep packed: in the model's state, but neither parameters nor buffers"
+    named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    named = {n for n,_ in named}
+    found = [v if is_listy(v) else [v] for k,v in model.state_dict().items() if k not in named]
+    return [t for ts in found for t in ts if isinstance(t, Tensor) and t.ndim]
+
 def model_size(
     model:nn.Module, # Any model
 ) -> dict: # 'parameters', and 'MB' of parameters and buffers
-    "How large a model is"
-    parameters = sum(p.numel() for p in model.parameters())
-    tensors = chain(model.parameters(), model.buffers())
-    return dict(parameters=parameters, MB=sum(t.numel()*t.element_size() for t in tensors)/1e6)
+    "How large a model is; the packed weights of one that was quantised count as parameters"
+    weights = [*model.parameters(), *_packed(model)]
+    tensors = chain(weights, model.buffers())
+    return dict(parameters=sum(t.numel() for t in weights), MB=sum(t.numel()*t.element_size() for t in tensors)/1e6)
 
 def multiply_adds(
     model:nn.Module, # Any model

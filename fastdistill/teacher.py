@@ -17,7 +17,7 @@ from fastcore.basics import listify, patch
 from fastcore.xtras import modify_exception
 from .classes import Classes
 from .data import class_names, describe_data, describe_value, get_logits
-from .in_use import alignment_in_use, device_of, end_use, lay_out, reset_state, start_use
+from .in_use import alignment_in_use, device_for, device_of, end_use, lay_out, reset_state, start_use
 from .layers import FeatureHooks, find_layers
 from torch import fx, nn, Tensor
 
@@ -204,7 +204,7 @@ def start_for(self:Teacher,
     "Start on the learner's device, for its classes; forget a hidden state where the learner's `ModelResetter` does"
     resets = any(isinstance(cb, ModelResetter) for cb in learn.cbs)
     classes = classes_of(getattr(learn, 'dls', None), terms, getattr(learn, 'loss_func', None))
-    self.start(one_param(learn.model).device, resets, classes)
+    self.start(device_for(learn), resets, classes)
 
 @patch(as_prop=True)
 def alignments(self:Teacher) -> list: # Of `Alignment`s; their text says what is done

@@ -87,12 +87,19 @@ def _make(self:Trained, terms, features, model, n_items):
         losses = nn.SyncBatchNorm.convert_sync_batchnorm(losses)
     channels = _channels(terms, losses, features)
     if self.losses is not None: _keep_same(losses, channels, self.losses, self.channels)
-    if self.saved: losses.load_state_dict(self.saved['losses'])
+    if self.saved: _load(losses, self.saved['losses'])
     self.losses,self.channels,self.size,self.n_items = losses,channels,_size(model),n_items
     self.params = [p for p in losses.parameters() if p.requires_grad]
     if self.saved: self._load_states(self.saved['states'] or [])
     if (group := process_group(model)) is not None: self._share(group)
     self.saved = None
+
+def _load(losses, state):
+    try: losses.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError('Expected what was saved for these losses and channels, but the file is from a fit with '
+                         'others, as before pruning. Make a new callback, whose losses start anew: '
+                         f'{e}') from None
 
 def _keep_same(new, channels, old, old_channels):
     "Take over the old losses of layers whose channels have not changed"

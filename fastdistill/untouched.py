@@ -8,13 +8,15 @@ __all__ = ['untouched']
 # %% ../nbs/untouched.ipynb #1db27c10
 import random
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from fastai.torch_core import no_random, one_param
+from fastai.torch_core import no_random, one_param, to_device
 from fastcore.foundation import L
 from .fit import as_trial
+from .in_use import device_for
 
 # %% ../nbs/untouched.ipynb #c31124a6
 @contextmanager
@@ -45,8 +47,9 @@ def _same_attributes(*dicts):
             d.update(was)
 
 def _of_modules(model):
-    "The dictionaries in which the modules of `model` keep their parts, parameters and buffers"
-    return [m.__dict__.get(k) for m in model.modules() for k in ('_modules','_parameters','_buffers')]
+    "The dictionaries in which the modules of `model` keep attributes, parts, parameters and buffers"
+    parts = '_modules','_parameters','_buffers'
+    return [d for m in model.modules() for d in (m.__dict__, *map(m.__dict__.get, parts))]
 
 # %% ../nbs/untouched.ipynb #98ebb60e
 def _objects_of(dl):
@@ -84,4 +87,6 @@ def untouched(
           no_random(reproducible=False), learn.no_logging()):
         learn.opt = None
         as_trial(learn)
+        # fastai looks for the device in the parameters, which a network that was quantised does not have
+        if one_param(learn.model) is None: learn._set_device = partial(to_device, device=device_for(learn))
         yield
