@@ -45,8 +45,9 @@ def _same_attributes(*dicts):
             d.update(was)
 
 def _of_modules(model):
-    "The dictionaries in which the modules of `model` keep their parts, parameters and buffers"
-    return [m.__dict__.get(k) for m in model.modules() for k in ('_modules','_parameters','_buffers')]
+    "The dictionaries in which the modules of `model` keep their attributes, parts, parameters and buffers"
+    parts = [m.__dict__.get(k) for m in model.modules() for k in ('_modules','_parameters','_buffers')]
+    return parts + [vars(m) for m in model.modules()]
 
 # %% ../nbs/untouched.ipynb #98ebb60e
 def _objects_of(dl):

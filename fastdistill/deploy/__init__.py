@@ -1,0 +1,4 @@
+"Files that run without fastai and PyTorch; written by hand"
+from .export import export_onnx
+
+__all__ = ['export_onnx']
