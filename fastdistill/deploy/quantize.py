@@ -17,6 +17,7 @@ from ..data import describe_data, one_class_each
 from .export import checked_path
 from .runtime import need, OnnxModel, quiet
 from ..items import in_order, split_batch
+from ..unlabelled import SomeUnlabelled
 
 # %% ../../nbs/deploy/quantize.ipynb #ba2a0354
 def training_inputs(
@@ -26,6 +27,7 @@ def training_inputs(
 ): # Yields the inputs of a batch, as a tuple
     "Items spread over the training set, through the transforms of the validation set"
     dl,ds = dls.loaders[-1],dls.loaders[0].dataset
+    if isinstance(ds, SomeUnlabelled): ds = ds.labelled
     chosen = np.unique(np.linspace(0, len(ds)-1, min(n, len(ds))).round().astype(int)).tolist()
     if not hasattr(dl, 'new'): dl = TorchDL(Subset(ds, chosen), bs, collate_fn=dl.collate_fn)
     else:
