@@ -64,11 +64,15 @@ def _first_inputs(dl, **kwargs):
     n = min(64, max(2, len(xb[0])))
     return tuple(x.as_subclass(Tensor)[torch.arange(n) % len(x)] for x in xb)
 
+def _ask(graph, xb):
+    with torch.no_grad(): return graph(*clone_inputs(xb)).numpy()
+
 def _answers(graph, xb):
-    "Of a batch, and of its first item alone; `ValueError` where they differ"
-    def ask(xb):
-        with torch.no_grad(): return graph(*clone_inputs(xb)).numpy()
-    whole,alone = ask(xb),ask([x[:1] for x in xb])
+    "Of a batch; `ValueError` where its first item alone has another answer, or none"
+    whole = _ask(graph, xb)
+    if not np.isfinite(whole).all(): raise ValueError('The learner\'s answers are not finite')
+    try: alone = _ask(graph, tuple(x[:1] for x in xb))
+    except Exception as e: raise ValueError(f'The model cannot answer a batch of 1, as a file has to: {e}') from e
     if not np.allclose(whole[:1], alone, rtol=1e-2, atol=1e-2):
         raise ValueError('The answer to an item depends on the other items of its batch, so one file cannot give it at '
                          'any batch size. Has the model a batch norm without running statistics?')
@@ -128,7 +132,7 @@ def _facts(learn, model, xb, scale, returns):
                 pixels=scale is not None, **(scale or {}), returns=returns, **cost)
 
 def _compared(onnx, plain, want, tol):
-    "Largest difference between file and learner, and how many decisions are the same; `ValueError` above `tol`"
+    "Text: largest difference between file and learner, how many decisions are the same; `ValueError` above `tol`"
     got = onnx.answer(*(x.numpy() for x in plain))
     alone = onnx.answer(*(x[:1].numpy() for x in plain))
     if got.shape != want.shape or alone.shape != want[:1].shape:
@@ -139,7 +143,9 @@ def _compared(onnx, plain, want, tol):
         raise ValueError(f'The file differs from the learner by up to {error:.3g}, but tol is {tol:g}; nothing was written. '
                          'With `pixels=True`, the file has only IntToFloatTensor and Normalize of the transforms of a '
                          'batch. Half precision needs a larger `tol`.')
-    return error,(got.argmax(1) == want.argmax(1)).mean() if want.ndim > 1 else 1.
+    text = f'Largest difference from the learner on {len(want)} items {error:.1g}'
+    if want.ndim < 2 or want.shape[1] < 2: return text     # numbers, not classes
+    return f'{text}, same decisions for {(got.argmax(1) == want.argmax(1)).mean():.0%}'
 
 # %% ../../nbs/deploy/export.ipynb #5f7f0aa4
 def export_onnx(
@@ -169,10 +175,9 @@ def export_onnx(
         program = _export(graph, tuple(x[:2] for x in plain), ['pixels'] if pixels else names, axes, opset)
         program.model.metadata_props['fastdistill'] = json.dumps(_facts(learn, model, xb, scale, returns))
         _save(program, made := Path(folder)/file.name, opset)
-        error,same = _compared(OnnxModel(made), plain, want, tol)
+        text = _compared(OnnxModel(made), plain, want, tol)
         os.replace(made, file)
-    print(f'{file}: {file.stat().st_size/1e6:.3g} MB, opset {opset}. Largest difference from the learner on {len(want)} items '
-          f'{error:.1g}, same decisions for {same:.0%}.')
+    print(f'{file}: {file.stat().st_size/1e6:.3g} MB, opset {opset}. {text}.')
     return file
 
 def _save(program, file, opset):
