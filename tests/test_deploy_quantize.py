@@ -64,8 +64,8 @@ def test_which_items_calibrate(n, tmp_path, calibrated):
     train.seen,valid.seen = [],[]
     list(training_inputs(learn.dls, n))
     assert train.seen == {1:[0], 10:[0,3,6,10,13,16,19,23,26,29], 1000:list(range(30))}[n] and valid.seen in ([],[0])     # fastai looks at the types of the first
-    asked = train.seen
-    valid.seen = []
+    if n != 10: return     # once is enough
+    asked,valid.seen = list(train.seen),[]
     quantize_onnx(file, learn.dls, n=n)
     got = np.concatenate([b['input'] for b in calibrated])
     assert (got == torch.stack([items[i][0] for i in asked]).numpy()).all()
