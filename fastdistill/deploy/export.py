@@ -26,15 +26,19 @@ from torch import nn, Tensor
 # %% ../../nbs/deploy/export.ipynb #2c3d8648
 class _Graph(nn.Module):
     "From what the file takes to what it returns"
-    def __init__(self, model, scale=None, act=None):
+    def __init__(self, model, scale=None, act=None, size=None):
         super().__init__()
-        self.model,self.act,self.div = model,act,None
-        if scale:
-            self.div = scale['div']
-            for k in ('mean','std'): self.register_buffer(k, torch.tensor(scale[k]).view(1,-1,1,1))
+        self.model,self.act,self.size = model,act,size     # (height, width, channels) of pixels
+        if size:
+            _,w,c = size
+            for k in ('mean','std'):
+                self.register_buffer(k, (torch.tensor(scale[k])*scale['div']).expand(c).repeat(w))
 
     def forward(self, *xb):
-        if self.div: xb = ((xb[0].permute(0,3,1,2)/self.div - self.mean)/self.std,*xb[1:])
+        if self.size:     # row by row: onnxruntime is slow where it repeats a number for each channel
+            h,w,c = self.size
+            rows = (xb[0].reshape(-1, h, w*c) - self.mean)/self.std
+            xb = rows.reshape(-1, h, w, c).permute(0,3,1,2).contiguous(),*xb[1:]
         own = getattr(one_param(self.model), 'dtype', torch.float32)
         out = get_logits(self.model(*(x.to(own) if x.is_floating_point() else x for x in xb))).float()
         return out if self.act is None else self.act(out)
@@ -49,8 +53,8 @@ def _activation(loss_func):
     x = torch.linspace(-2, 2, 6).view(2,3)
     for name,want in dict(softmax=x.softmax(1), sigmoid=x.sigmoid()).items():
         if act is not None and torch.allclose(act(x), want): return act,name
-    raise ValueError(f'probs=True: {loss_func} does not say how logits become probabilities. Expected a loss with a softmax '
-                     'or a sigmoid, such as `CrossEntropyLossFlat`. Without `probs`, the file returns the logits.')
+    raise ValueError(f'probs=True: {loss_func} does not say how logits become probabilities. Expected a loss with a '
+                     'softmax or a sigmoid, such as `CrossEntropyLossFlat`. Without `probs`, the file returns logits.')
 
 # %% ../../nbs/deploy/export.ipynb #fd3d53f8
 def _first_inputs(dl, **kwargs):
@@ -74,8 +78,8 @@ def _answers(graph, xb):
     try: alone = _ask(graph, tuple(x[:1] for x in xb))
     except Exception as e: raise ValueError(f'The model cannot answer a batch of 1, as a file has to: {e}') from e
     if not np.allclose(whole[:1], alone, rtol=1e-2, atol=1e-2):
-        raise ValueError('The answer to an item depends on the other items of its batch, so one file cannot give it at '
-                         'any batch size. Has the model a batch norm without running statistics?')
+        raise ValueError('The answer to an item depends on the other items of its batch, so one file cannot give it '
+                         'at any batch size. Has the model a batch norm without running statistics?')
     return whole
 
 # %% ../../nbs/deploy/export.ipynb #bbd4f6e5
@@ -140,9 +144,9 @@ def _compared(onnx, plain, want, tol):
                          f'but the model returns {want.shape}: it does not work for any batch size')
     error = max(np.abs(got - want).max(), np.abs(alone - want[:1]).max())
     if not error <= tol:
-        raise ValueError(f'The file differs from the learner by up to {error:.3g}, but tol is {tol:g}; nothing was written. '
-                         'With `pixels=True`, the file has only IntToFloatTensor and Normalize of the transforms of a '
-                         'batch. Half precision needs a larger `tol`.')
+        raise ValueError(f'The file differs from the learner by up to {error:.3g}, but tol is {tol:g}; nothing was '
+                         'written. With `pixels=True`, of the transforms of a batch the file has only '
+                         'IntToFloatTensor and Normalize. Half precision needs a larger `tol`.')
     text = f'Largest difference from the learner on {len(want)} items {error:.1g}'
     if want.ndim < 2 or want.shape[1] < 2: return text     # numbers, not classes
     return f'{text}, same decisions for {(got.argmax(1) == want.argmax(1)).mean():.0%}'
@@ -157,8 +161,9 @@ def export_onnx(
     opset:int=18, # Version of ONNX's operators
     tol:float=1e-3, # Largest difference that is accepted
 ) -> Path: # The file
-    "Write the model as an ONNX file and compare it with the learner; raises `ValueError`, and leaves no file, if it differs"
+    "Write an ONNX file and compare it with the learner; raises `ValueError`, and leaves no file, if it differs"
     need('onnx', 'onnxscript', 'onnxruntime')
+    if not hasattr(torch.export.Dim, 'AUTO'): raise ImportError('export_onnx needs PyTorch 2.6 or later')
     file,scale = checked_path(file),pixel_scale(learn.dls) if pixels else None
     if pixels and scale is None:
         raise ValueError('pixels=True: these `dls` have no `IntToFloatTensor`, so their items are no whole pixels. '
@@ -169,7 +174,8 @@ def export_onnx(
         model = learn.model.eval().cpu()
         xb = _first_inputs(dl)
         plain = (_first_inputs(dl, after_batch=[])[0].permute(0,2,3,1),*xb[1:]) if pixels else xb
-        want,graph = _answers(_Graph(model, act=act), xb),_Graph(model, scale, act).eval()
+        want = _answers(_Graph(model, act=act), xb)
+        graph = _Graph(model, scale, act, plain[0].shape[1:] if pixels else None).eval()
         texts = xb[0].ndim == 2 and len(xb) == 1 and not xb[0].is_floating_point()
         names,axes = _names_and_axes(model, xb, texts)
         program = _export(graph, tuple(x[:2] for x in plain), ['pixels'] if pixels else names, axes, opset)
@@ -183,7 +189,8 @@ def export_onnx(
 def _save(program, file, opset):
     "One file; `ValueError` for more than 2 GB, and for an opset that the exporter did not keep to"
     found = program.model.opset_imports.get('')
-    if found != opset: raise ValueError(f'Expected opset {opset}, but PyTorch exports to {found} here. Give opset={found}.')
+    if found != opset: raise ValueError(f'Expected opset {opset}, but PyTorch exports to {found}. Give opset={found}.')
     try:
         with quiet(): program.save(file, external_data=False)
-    except Exception as e: raise ValueError(f'{file.name} cannot be written as one file, as ONNX allows 2 GB: {e}') from e
+    except Exception as e:
+        raise ValueError(f'{file.name} cannot be written as one file, for which ONNX allows 2 GB: {e}') from e

@@ -49,8 +49,8 @@ def _quantize(model, batches, folder):
     plain,made = folder/'plain.onnx',folder/'int8.onnx'
     with quiet():
         quant_pre_process(str(model.file), str(plain))
-        quantize_static(str(plain), str(made), Reader(), quant_format=QuantFormat.QDQ, per_channel=True, reduce_range=True,
-                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+        quantize_static(str(plain), str(made), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+                        reduce_range=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
     graph = onnx.load(str(made))
     facts = {**model.facts, 'calibrated_on':sum(len(b[0]) for b in batches)}
     onnx.helper.set_model_props(graph, {'fastdistill':json.dumps(facts)})
@@ -59,7 +59,7 @@ def _quantize(model, batches, folder):
 
 # %% ../../nbs/deploy/quantize.ipynb #a663c970
 def _quality(model, small, dl):
-    "Text: accuracy of both files where items have one class each, how many decisions are the same, how far numbers differ"
+    "Text: accuracy of both files where items have one class each, and how many decisions are the same"
     found,same,error = [],[],0.
     for b in dl:
         xb,y = split_batch(dl, b)
@@ -77,7 +77,8 @@ def _quality(model, small, dl):
 def _check_data(model, dls):
     "`ValueError` for other classes, for an empty set, and for a file that is int8"
     known,has = describe_data(dls).get('classes'),model.facts.get('classes')
-    if 'calibrated_on' in model.facts: raise ValueError(f'{model.file} is int8 already. Expected a file of `export_onnx`.')
+    if 'calibrated_on' in model.facts:
+        raise ValueError(f'{model.file} is int8 already. Expected a file of `export_onnx`.')
     if known and has and known != has:
         raise ValueError(f'Expected the data that {model.file} was trained on, with the classes {has[:10]}, '
                          f'but these have {known[:10]}')
@@ -105,6 +106,6 @@ def quantize_onnx(
         made = _quantize(model, [model.inputs(*xb) for xb in training_inputs(dls, n)], Path(folder))
         text = _quality(model, OnnxModel(made, dls), in_order(dls.loaders[-1]))
         os.replace(made, out)
-    print(f'{out}: {out.stat().st_size/1e6:.3g} MB instead of {file.stat().st_size/1e6:.3g}. On {len(dls.loaders[-1].dataset)} '
-          f'items of dls.valid: {text}.')
+    n_valid,(mb,before) = len(dls.loaders[-1].dataset),(f.stat().st_size/1e6 for f in (out,file))
+    print(f'{out}: {mb:.3g} MB instead of {before:.3g}. On {n_valid} items of dls.valid: {text}.')
     return out

@@ -60,8 +60,8 @@ def to_pixels(
     return x.permute(0,2,3,1)
 
 # %% ../../nbs/deploy/runtime.ipynb #26fca8bb
-_types = {'tensor(float)':np.float32, 'tensor(float16)':np.float16, 'tensor(double)':np.float64, 'tensor(bool)':np.bool_,
-          'tensor(uint8)':np.uint8, 'tensor(int32)':np.int32, 'tensor(int64)':np.int64}
+_types = {'tensor(float)':np.float32, 'tensor(float16)':np.float16, 'tensor(double)':np.float64,
+          'tensor(bool)':np.bool_, 'tensor(uint8)':np.uint8, 'tensor(int32)':np.int32, 'tensor(int64)':np.int64}
 
 class OnnxModel(nn.Module):
     "An ONNX file as a model: onnxruntime answers on the CPU, with as many threads as PyTorch has"
