@@ -8,6 +8,7 @@ __all__ = ['checked_path', 'export_onnx']
 # %% ../../nbs/deploy/export.ipynb #dcf4731b
 import inspect, json, os, re, tempfile
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ import torch.nn.functional as F
 from fastai.learner import Learner
 from fastai.torch_core import one_param, to_device
 from fastcore.basics import first
-from .. import __version__
 from ..data import describe_data, get_logits
 from .runtime import need, OnnxModel, pixel_scale, quiet
 from ..items import clone_inputs, in_order, split_batch
@@ -131,8 +131,10 @@ def _names_and_axes(model, xb, texts):
 def _facts(learn, model, xb, scale, returns):
     "What the file says of itself"
     shape,known = tuple(xb[0].shape),describe_data(learn.dls)
+    try: version = metadata.version('fastdistill')
+    except metadata.PackageNotFoundError: version = None     # a folder that was not installed
     cost = dict(parameters=model_size(model)['parameters'], multiply_adds=multiply_adds(model, [x[:1] for x in xb]))
-    return dict(version=__version__, classes=known.get('classes'), size=shape[2:] if len(shape) == 4 else None,
+    return dict(version=version, classes=known.get('classes'), size=shape[2:] if len(shape) == 4 else None,
                 pixels=scale is not None, **(scale or {}), returns=returns, **cost)
 
 def _compared(onnx, plain, want, tol):
