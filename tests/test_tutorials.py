@@ -78,7 +78,7 @@ def test_out_of_the_door(home):
     "The program itself runs in tests/test_deploy_export.py where PyTorch cannot be imported"
     for i in range(42):
         for name in ('Cat','dog'): save(home/f'oxford-iiit-pet/images/{name}_{i}.jpg', 70)
-    changes = {'= 14,6,3':'= 1,1,1', "Path('out_of_the_door')":f"Path({str(home.parent/'door')!r})"}
+    changes = {'= 10,5,3':'= 1,1,1', "Path('out_of_the_door')":f"Path({str(home.parent/'door')!r})"}
     names = run('out_of_the_door', changes)
     assert list(names['table'].index) == ['teacher','alone','distilled','ONNX','int8'] and (names['table'].MB > 0).all()
     assert names['table'].accuracy['ONNX'] == pytest.approx(names['table'].accuracy['distilled'])
