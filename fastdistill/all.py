@@ -14,4 +14,5 @@ from .measure import agreement, calibration_error
 from .compare import compare
 from .interpret import DistillationInterpretation
 from .report import write_report
+from .deploy import export_onnx, quantize_onnx
 from . import check as _check, search as _search     # they give Learner its `distill_check` and `weight_finder`

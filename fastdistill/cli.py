@@ -15,6 +15,7 @@ from fastai.torch_core import rank_distrib
 from fastcore.script import anno_parser
 try: from fastcore.script import Param   # fastcore 1
 except ImportError: Param = None         # fastcore 2 annotates with typing.Annotated and spells options with hyphens
+from .deploy.runtime import need
 from .experiment import distill_digits, start_processes, write_results
 from .images import distill_images
 
@@ -66,16 +67,20 @@ def fastdistill(
     unlabelled:str=None, # Images: folder of images without labels, on which the distilled students also train
     epochs:int=None, # Epochs of each student, and of a teacher for images (default: digits 60, images 10)
     seeds:int=None, # Runs of each student (default: digits 5, images 3)
+    onnx:bool=False, # Also write ONNX files of the distilled students and measure them? Images go in as plain pixels
+    int8:bool=False, # Also write int8 files of these, which are smaller and often faster, and measure them?
     out:str='fastdistill-demo', # Folder for results.csv, runs.csv, results.png, report.html and the exported students
 ) -> pd.DataFrame: # The printed table
     "Train a teacher, then compare a student trained alone with the same student distilled, on digits or your images"
-    given = {k:v for k,v in locals().items() if k not in ('path','out') and v is not None and v is not False}
+    given = {k:v for k,v in locals().items()
+             if k not in ('path','out','onnx','int8') and v is not None and v is not False}
     args,out = _checked(given, path),Path(out)
+    if onnx or int8: need('onnx', 'onnxscript', 'onnxruntime')
     with _folder(out):
         start_processes()
         if path is None: results = distill_digits(**args)
         else: results = distill_images(path, **args, save_teacher=out/'teacher.pth')
-        return write_results(*results, out)
+        return write_results(*results, out, onnx, int8)
 
 def _checked(args, path):
     "The arguments that were given, with layers as lists"
@@ -101,5 +106,5 @@ def main():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not rank_distrib(): print(f'fastdistill: {e}', file=sys.stderr)
         sys.exit(130)
-    except (ValueError,KeyError,OSError) as e:
+    except (ValueError,KeyError,OSError,ImportError) as e:
         sys.exit(f'fastdistill: {e.args[0] if isinstance(e, KeyError) else e}')

@@ -8,6 +8,7 @@ __all__ = ['Comparison', 'compare']
 # %% ../nbs/compare.ipynb #e90990c6
 import math
 from html import escape
+from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from fastcore.basics import listify
 from fastcore.foundation import L
 from torch import Tensor
 from .data import get_logits, ignored_label, one_class_each
+from .deploy.runtime import OnnxModel
 from .in_use import device_for
 from .items import clone_inputs, in_order
 from .measure import agreement, calibration_error, in_form, model_size, multiply_adds, time_forward
@@ -30,16 +32,28 @@ def _repeated(xb, n):
     "Inputs of `n` items, repeated where the batch has fewer"
     return tuple(x[torch.arange(n) % len(x)] if isinstance(x, Tensor) else x for x in xb)
 
-def _cost(learn, xb, batch_sizes, n):
-    "Size and speed of a learner's model, in evaluation mode"
+def _times(call, inputs, batch_sizes, n):
+    "Columns: the time of `call` on `inputs(bs)`"
+    row = {}
+    for bs in batch_sizes:
+        times = np.array(time_forward(call, inputs(bs), n))
+        row[f'ms per item, batch of {bs}'] = np.median(times)/bs
+        row[f'ms per item, batch of {bs} ±'] = np.subtract(*np.percentile(times, [75,25]))/2/bs
+    return row
+
+def _cost(learn, xb, batch_sizes, n, file=None):
+    "Size and speed of a learner's model in evaluation mode, or of a file in its place"
+    if file is not None: return _cost_of_file(file, xb, batch_sizes, n)
     with untouched(learn):
         model,xb = learn.model.eval(),to_device(xb, device_for(learn))
         row = {**model_size(model), 'million multiply-adds':multiply_adds(model, _repeated(xb, 1))}
-        for bs in batch_sizes:
-            times = np.array(time_forward(model, _repeated(xb, bs), n))
-            row[f'ms per item, batch of {bs}'] = np.median(times)/bs
-            row[f'ms per item, batch of {bs} ±'] = np.subtract(*np.percentile(times, [75,25]))/2/bs
-    return row
+        return row | _times(model, lambda bs: _repeated(xb, bs), batch_sizes, n)
+
+def _cost_of_file(file, xb, batch_sizes, n):
+    "Its own size; what the model had, if the file says so; the time that onnxruntime takes"
+    known = [file.facts.get(k, math.nan) for k in ('parameters','multiply_adds')]
+    row = {'parameters':known[0], 'MB':file.file.stat().st_size/1e6, 'million multiply-adds':known[1]}
+    return row | _times(file.answer, lambda bs: file.inputs(*_repeated(xb, bs)), batch_sizes, n)
 
 # %% ../nbs/compare.ipynb #a79493e8
 class _Keep(Callback):
@@ -58,30 +72,37 @@ def _joined(tensors):
     "One tensor of those of all batches; `None` where they do not fit together"
     return torch.cat(tensors) if len({x.shape[1:] for x in tensors}) == 1 else None
 
+class _Answers(Callback):
+    "Put the answers of a file in the place of the model's"
+    order = -101
+    def __init__(self, file): self.file = file
+    def after_pred(self): self.learn.pred = in_form(self.pred, self.file(*self.xb))
+
 class _Aligned(Callback):
     "Put a model's classes into the order of a loader's, before other callbacks look at its predictions"
     order = -100
     def __init__(self, align): self.align = align
     def after_pred(self): self.learn.pred = in_form(self.pred, self.align(get_logits(self.pred)))
 
-def _alignment(learn, dl, name):
-    "How to take the classes of `dl` from what a learner answers; `None` if there is nothing to do"
-    try: return classes_of(dl, loss_func=learn.loss_func).align(Teacher(learn))
+def _alignment(learn, dl, name, file):
+    "How to take the classes of `dl` from what a learner or a file answers; `None` if there is nothing to do"
+    answers = Teacher(learn) if file is None else Teacher(file, vocab=file.facts.get('classes'))
+    try: return classes_of(dl, loss_func=learn.loss_func).align(answers)
     except ValueError as e: raise ValueError(f'{name} cannot be measured on these items, which have other classes: {e}')
 
-def _measured(learn, dl, name):
+def _measured(learn, dl, name, file):
     "Metrics by name, and what `_Keep` kept; by this process alone"
     if dl is None and len(learn.dls.loaders) > 1: dl = learn.dls.valid
-    keep,align,row = _Keep(),_alignment(learn, dl, name),{}
+    keep,align,row = _Keep(),_alignment(learn, dl, name, file),{}
     with untouched(learn), learn.no_bar(), learn.removed_cbs(L(getattr(learn, 'distributed_trainer', None))):
         names = ['valid_loss',*learn.metrics.attrgot('name')]
-        cbs = [keep] if align is None else [_Aligned(align), keep]
+        cbs = [keep, *([] if align is None else [_Aligned(align)]), *([] if file is None else [_Answers(file)])]
         if dl is not None: row = dict(zip(names, learn.validate(dl=dl, cbs=cbs)))
     return row,keep
 
-def _quality(learn, dl, name):
-    "Metrics and calibration of a learner on all items, with the first inputs, the logits and the labels"
-    row,keep = _measured(learn, dl, name)
+def _quality(learn, dl, name, file=None):
+    "Metrics and calibration of a learner, or of a file in its place, with the first inputs, the logits and the labels"
+    row,keep = _measured(learn, dl, name, file)
     if keep.first is None:
         raise ValueError(f'{name} has no items to be measured on: its validation set is empty. '
                          'Give `compare` a loader that has some, with `dl`.')
@@ -138,14 +159,15 @@ class Comparison(pd.DataFrame):
         spread = 'One seed says nothing about the spread.'
         if seeds > 1: spread = f'{seeds} seeds, ± is their standard deviation.'
         times = f'median of {self.attrs.get("n")} passes on {self.attrs.get("device")}'
-        return f'{spread} Times: {times}, ± half the range of the middle half. KL in nats.'
+        files = f' ONNX files: {self.attrs["files"]}.' if self.attrs.get('files') else ''
+        return f'{spread} Times: {times}, ± half the range of the middle half.{files} KL in nats.'
 
     def __repr__(self): return f'{self.shown().to_string()}\n\n{self.note()}'
     def _repr_html_(self): return f'{self.shown().to_html()}<p>{escape(self.note())}</p>'
 
 # %% ../nbs/compare.ipynb #8b3b8e5e
 def compare(
-    learners:dict, # Name -> trained `Learner`, or a list of those of several seeds
+    learners:dict, # Name -> trained `Learner` or ONNX file, or a list of those of several seeds
     teacher:str='teacher', # Name of the one to agree with, if it is there
     baseline:str=None, # Name of the one from which gains are counted, seed by seed
     dl=None, # Where to measure, by the names of its classes, in order though it may shuffle; by default `dls.valid`
@@ -155,23 +177,38 @@ def compare(
     "Size, speed and quality of several models; raises `ValueError` where they are measured on other labels, or on none"
     learners = {k:listify(v) for k,v in learners.items()}
     _check_learners(learners, baseline)
+    learners = _with_files(learners)
     if dl is not None: dl = in_order(dl)
-    runs = {k:[_quality(l, dl, k) for l in ls] for k,ls in learners.items()}
+    runs = {k:[_quality(l, dl, k, file) for l,file in ls] for k,ls in learners.items()}
     _check_labels(runs)
     if teacher in runs: _add_agreement(runs, teacher)
     tables = {k:pd.DataFrame([o.row for o in os]) for k,os in runs.items()}
-    rows = {k:{**_cost(ls[0], runs[k][0].xb, batch_sizes, n), **_summary(tables[k])} for k,ls in learners.items()}
+    def cost(k, learn, file): return _cost(learn, runs[k][0].xb, batch_sizes, n, file)
+    rows = {k:{**cost(k, *ls[0]), **_summary(tables[k])} for k,ls in learners.items()}
     for k in (k for k in rows if baseline not in (None,k)):
-        metrics = learners[baseline][0].metrics.attrgot('name')
+        metrics = learners[baseline][0][0].metrics.attrgot('name')
         rows[k] |= _summary(_gains(tables[k], tables[baseline], metrics))
     return _as_table(rows, learners, n)
 
+def _is_file(o): return isinstance(o, (str,Path)) and Path(o).suffix.lower() == '.onnx'
+
 def _check_learners(learners, baseline):
-    all_learners = all(isinstance(l, Learner) for ls in learners.values() for l in ls)
-    if not (learners and all_learners and all(learners.values())):
-        raise ValueError('Expected a dictionary from names to `Learner`s, or lists of them, but got something else')
+    found = [l for ls in learners.values() for l in ls]
+    if not (found and all(learners.values()) and all(isinstance(l, Learner) or _is_file(l) for l in found)):
+        raise ValueError('Expected a dictionary from names to `Learner`s or files that end in .onnx, or lists of them, '
+                         'but got something else')
+    if all(map(_is_file, found)):
+        raise ValueError('Expected a learner beside the ONNX files: its data, loss and metrics measure them')
     if baseline is not None and baseline not in learners:
         raise ValueError(f'Expected the baseline to be one of {", ".join(learners)}, but got {baseline!r}')
+
+def _with_files(learners):
+    "Each learner with `None`; each file as a model, with the learner that measures it: the nearest above, or the first"
+    above,found = next(l for ls in learners.values() for l in ls if isinstance(l, Learner)),{}
+    for k,ls in learners.items():
+        found[k] = [(above, OnnxModel(l, above.dls)) if _is_file(l) else (l, None) for l in ls]
+        above = found[k][0][0]
+    return found
 
 def _check_labels(runs):
     "All runs have the labels of the first, if that has any"
@@ -185,7 +222,9 @@ def _check_labels(runs):
 def _as_table(rows, learners, n):
     columns = dict.fromkeys(c for row in sorted(rows.values(), key=len, reverse=True) for c in row)
     table = Comparison(pd.DataFrame(rows).T.reindex(columns=columns).infer_objects())
-    device = device_for(next(iter(learners.values()))[0])
+    device = device_for(next(iter(learners.values()))[0][0])
+    if any(file is not None for ls in learners.values() for _,file in ls):
+        table.attrs['files'] = f'onnxruntime on the CPU, {torch.get_num_threads()} threads'
     cpu = f'{device}, {torch.get_num_threads()} threads'
     name = cpu if device.type == 'cpu' else torch.cuda.get_device_name(device)
     table.attrs.update(seeds=max(map(len, learners.values())), n=n, device=name)

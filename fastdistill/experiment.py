@@ -19,6 +19,8 @@ from fastai.callback.all import *
 from fastai.torch_core import num_distrib, rank_distrib
 from .callback import KnowledgeDistillationCallback
 from .compare import compare
+from .deploy import export_onnx, quantize_onnx
+from .deploy.runtime import pixel_scale
 from .digits import digits_learner
 from .interpret import DistillationInterpretation
 from .losses.features import Attention
@@ -166,19 +168,35 @@ def write_results(
     learners:dict, # Method -> learners, one for each seed; the first method is the one to compare with
     teacher:Learner, # Trained teacher
     out:Path, # Folder to write to
+    onnx:bool=False, # Also write ONNX files of the distilled students of the first seed?
+    int8:bool=False, # And int8 files?
 ) -> pd.DataFrame: # Table of `compare`
     "Print the table; write it, the runs, the figure, a page and the exported students to `out`"
-    table = compare(dict(teacher=teacher, **learners), baseline=next(iter(learners)))
+    files = _files(learners, out, int8) if (onnx or int8) and not rank_distrib() else {}
+    rows = {k:v for name,ls in learners.items() for k,v in {name:ls, **files.get(name, {})}.items()}
+    table = compare(dict(teacher=teacher, **rows), baseline=next(iter(learners)))
     if rank_distrib(): return table
     print(f'\n{table}', flush=True)
     table.to_csv(out/'results.csv', index_label='model')
     runs.to_csv(out/'runs.csv', index=False)
-    fig = plot_results(runs, table)
+    fig = plot_results(runs, table.loc[['teacher',*learners]])
     fig.savefig(out/'results.png', dpi=120)
     for name,ls in learners.items(): ls[0].export((out/f'student-{name.split()[-1]}.pkl').absolute())
     _write_page(out/'report.html', table, fig, teacher, learners)
     print(f'Written to {out}/: results.csv, runs.csv, results.png, report.html and the students.', flush=True)
     return table
+
+def _files(learners, out, int8):
+    "ONNX and int8 files of the distilled students: method -> row of the table -> file. What cannot be exported is told"
+    found,(_,*distilled) = {},learners.items()
+    for name,(learn,*_) in distilled:
+        file = out/f'student-{name.split()[-1]}.onnx'
+        try:
+            export_onnx(learn, file, pixels=pixel_scale(learn.dls) is not None, probs=True)
+            found[name] = {f'{name}, ONNX':file}
+            if int8: found[name][f'{name}, int8'] = quantize_onnx(file, learn.dls)
+        except ValueError as e: print(f'{name}: {e}', flush=True)
+    return found
 
 def _write_page(file, table, fig, teacher, learners):
     "The page for a browser: it looks more closely at the first method with a teacher, at the student of the first seed"

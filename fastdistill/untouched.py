@@ -51,6 +51,7 @@ def _of_modules(model):
     parts = '_modules','_parameters','_buffers'
     return [d for m in model.modules() for d in (m.__dict__, *map(m.__dict__.get, parts))]
 
+
 # %% ../nbs/untouched.ipynb #98ebb60e
 def _objects_of(dl):
     "A loader, its items and its samplers"

@@ -1,12 +1,13 @@
 "The command as a user calls it: on the digits, on a folder of images, and on what it cannot use."
 import inspect, os, re, subprocess, sys
 from pathlib import Path
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, onnxruntime as ort, pandas as pd, pytest, torch
 from fastai.basics import Learner, load_learner, set_seed
 from conftest import free_port
 from PIL import Image
 from torchvision import models
 from fastdistill import cli
+from fastdistill.digits import digits_dls
 from fastdistill.images import image_dls, image_teacher, plain_model
 from test_images import images
 
@@ -37,6 +38,44 @@ def test_digits(run, tmp_path):
     assert 'gain in accuracy' in out and f'{table.accuracy[0]:.3f}' in out
     learn = load_learner(tmp_path/'new'/'folder'/'student-SoftTarget.pkl')
     with learn.no_bar(): assert learn.predict(np.zeros(65, dtype=np.float32))[0] in list('0123456789')
+
+@pytest.fixture
+def untrained_teacher(monkeypatch): monkeypatch.setattr('fastdistill.experiment.train_teacher', lambda learn, *args: learn)
+
+def test_onnx_and_int8(run, tmp_path, untrained_teacher):
+    "Files of the distilled students, measured beside them; on the digits"
+    out = run('--epochs', 1, '--seeds', 2, '--onnx', '--int8', '--out', tmp_path)
+    names = ['student-SoftTarget','student-Attention']
+    assert {f.name for f in tmp_path.glob('*.onnx')} == {f'{n}{s}.onnx' for n in names for s in ('','-int8')}
+    table = pd.read_csv(tmp_path/'results.csv', index_col=0)
+    assert list(table.index) == ['teacher','student, scratch',*(f'student, {m}{s}' for m in ('SoftTarget','Attention') for s in ('',', ONNX',', int8'))]
+    assert table.loc['student, Attention, ONNX','MB'] == (tmp_path/'student-Attention.onnx').stat().st_size/1e6
+    learn = load_learner(tmp_path/'student-Attention.pkl')
+    x,y = digits_dls(200).valid.one_batch()
+    assert table.loc['student, Attention, ONNX','accuracy'] == pytest.approx((learn.model.eval()(x).argmax(1) == y).float().mean().item(), abs=1e-6)     # of the first seed
+    assert out.count('same decisions') == 4 and 'int8' in (tmp_path/'report.html').read_text(encoding='utf-8')
+
+def test_onnx_of_images(run, images, tmp_path):
+    "Plain pixels go in; what cannot be exported is told, and the rest is written"
+    out = run(images, '--from_scratch', '--teacher', 'resnet18', '--student', 'timm:test_resnet', '--onnx', '--out', tmp_path, *tiny)
+    assert list(pd.read_csv(tmp_path/'results.csv').model) == ['teacher','student, scratch','student, SoftTarget','student, SoftTarget, ONNX']
+    session = ort.InferenceSession(str(tmp_path/'student-SoftTarget.onnx'))
+    i, = session.get_inputs()
+    assert (i.name,i.type,i.shape[1:]) == ('pixels','tensor(uint8)',[32,32,3])
+    probs, = session.run(None, {'pixels':np.zeros((5,32,32,3), np.uint8)})
+    assert probs.shape == (5,2) and np.allclose(probs.sum(1), 1) and 'Largest difference' in out
+
+def test_a_student_that_cannot_be_exported(run, tmp_path, monkeypatch, untrained_teacher):
+    "Its results are written all the same"
+    def export(*args, **kwargs): raise ValueError('no operator')
+    monkeypatch.setattr('fastdistill.experiment.export_onnx', export)
+    out = run('--epochs', 1, '--seeds', 1, '--onnx', '--out', tmp_path)
+    assert out.count('no operator') == 2 and list(pd.read_csv(tmp_path/'results.csv').model) == ['teacher','student, scratch','student, SoftTarget','student, Attention']
+
+def test_onnx_needs_its_packages(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    with pytest.raises(SystemExit, match=r"fastdistill: .*onnxruntime.*pip install 'fastdistill\[deploy\]'"): run('--onnx', '--out', tmp_path/'a')
+    assert not (tmp_path/'a').exists()
 
 def test_several_processes(tmp_path):
     "Under `accelerate launch`: they train together, and the first alone prints and writes"

@@ -9,7 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader as TorchDL
 from conftest import data, learner, loaders, net
+from fastai.basics import Categorize, Datasets
 from fastdistill.compare import compare
+from fastdistill.deploy import export_onnx
+from fastdistill.digits import DigitImage, DigitLabel, digits_learner
 from fastdistill.measure import agreement, calibration_error
 from test_untouched import everything, same
 
@@ -190,3 +193,51 @@ def test_labels_that_do_not_count(ignore):
     y = torch.cat([y for _,y in items])
     want = calibration_error(logits[y != ignore], y[y != ignore])
     assert compare(dict(a=learn), n=1).loc['a','calibration error'] == pytest.approx(want, abs=1e-6)
+
+@pytest.fixture(scope='module')
+def files(learners, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('files')
+    return [export_onnx(l, folder/f'{i}.onnx', probs=i>0) for i,l in enumerate(learners['distilled'][:2])]
+
+def test_onnx_files_beside_learners(learners, files):
+    "The rows of a learner and of its file are the same, though the second file returns probabilities"
+    first = {k:v[:2] if isinstance(v, list) else v for k,v in learners.items()}
+    table = compare(dict(first, ONNX=files, again=str(files[0])), baseline='scratch', n=2)
+    columns = [c for c in table if 'ms' not in c and 'MB' not in c]
+    assert table.loc['ONNX',columns].tolist() == pytest.approx(table.loc['distilled',columns].tolist(), abs=1e-5, nan_ok=True)
+    assert {'valid_loss','accuracy','accuracy ±','calibration error','agreement','gain in accuracy','parameters','million multiply-adds'} <= set(columns)
+    assert table.loc['ONNX','MB'] == pytest.approx(files[0].stat().st_size/1e6) and (table[['ms per item, batch of 1','ms per item, batch of 64']] > 0).all(axis=None)
+    assert f'ONNX files: onnxruntime on the CPU, {torch.get_num_threads()} threads' in repr(table) and 'ONNX files' not in repr(compare(learners, n=1))
+    assert not any('onnx' in c for c in table)
+
+def test_comparing_files_changes_nothing(learners, files, tmp_path):
+    with unchanged(learners, tmp_path): compare(dict(learners, file=files[0]), n=1)
+
+def test_a_file_is_measured_by_the_learner_above_it(learners, files):
+    a,b = learner(net(4)),learner(net(4))
+    a.metrics,b.metrics = [accuracy,error_rate],[error_rate]
+    table = compare(dict(a=a, x=files[0], b=b, y=files[0]), n=1)
+    assert table.loc['x','accuracy'] == pytest.approx(1-table.loc['y','error_rate']) and pd.isna(table.loc['y','accuracy'])
+    assert compare(dict(y=files[0], b=b), n=1).loc['y','error_rate'] == table.loc['y','error_rate']     # the first, where none is above
+
+def test_files_with_classes_in_another_order(tmp_path):
+    a = digits_learner(4)
+    with a.no_bar(), a.no_logging(): a.fit(1, 1e-2)
+    file = export_onnx(a, tmp_path/'a.onnx')
+    def other(vocab):
+        learn = digits_learner(4)
+        tfms = [[DigitImage()],[DigitLabel(),Categorize(vocab=vocab)]]
+        learn.dls = Datasets(learn.dls.valid_ds.items, tfms, splits=[range(50),range(50,150)]).dataloaders(bs=50, num_workers=0)
+        return learn
+    table = compare(dict(b=other(list('9876543210')), file=file), n=1)
+    dl = other(list('0123456789')).dls.valid
+    with a.no_bar(): assert table.loc['file','accuracy'] == pytest.approx(a.validate(dl=dl)[1])
+    with pytest.raises(ValueError, match="file cannot be measured on these items.*'ten'"): compare(dict(b=other([*'0123456789','ten']), file=file), n=1)
+
+def test_files_that_cannot_be_compared(learners, files, tmp_path):
+    with pytest.raises(ValueError, match='a learner beside the ONNX files'): compare(dict(a=files[0]))
+    with pytest.raises(ValueError, match='files that end in .onnx'): compare(dict(learners, a='a.pkl'))
+    with pytest.raises(ValueError, match='no.onnx: no such file'): compare(dict(learners, a='no.onnx'))
+    other = learner(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), loaders([(torch.randn(2, 6, 6), 0) for _ in range(8)], [(torch.randn(2, 6, 6), 0) for _ in range(8)], 4))
+    other.model(torch.zeros(2, 2, 6, 6))
+    with pytest.raises(ValueError, match=r'0.onnx takes .* but got \(8, 2, 6, 6\)'): compare(dict(a=other, b=files[0]), n=1)

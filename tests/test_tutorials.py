@@ -1,4 +1,4 @@
-"The code of the three experiments' pages, on a handful of made images in the layout of their data."
+"The code of the pages with long experiments, on a handful of made images in the layout of their data."
 import re, sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -35,7 +35,10 @@ def run(name, changes, without_network=()):
             if old in source:
                 source = source.replace(old, new)
                 missing.discard(old)
-        exec(compile(source, f'{name}.ipynb', 'exec'), names)
+        if source.startswith('%%writefile'):
+            line,_,text = source.partition('\n')
+            Path(line.split()[1].format(**names)).write_text(text, encoding='utf-8')
+        else: exec(compile(source, f'{name}.ipynb', 'exec'), names)
     assert not missing
     return names
 
@@ -72,6 +75,16 @@ def test_beans(home, monkeypatch):
     check(names, 3, 'accuracy', 'f1')
     assert list((names['distilled'].path/'logs').iterdir())
     names['distilled'].fit(1, cbs=names['KnowledgeDistillationCallback'](names['Teacher'](vit, input_tfm=lambda x: torch.nn.functional.interpolate(x, size=224))))
+
+def test_out_of_the_door(home):
+    "The program itself runs in tests/test_deploy_export.py where PyTorch cannot be imported"
+    for i in range(42):
+        for name in ('Cat','dog'): save(home/f'oxford-iiit-pet/images/{name}_{i}.jpg', 70)
+    changes = {'= 10,5,3':'= 1,1,1', "Path('out_of_the_door')":f"Path({str(home.parent/'door')!r})"}
+    names = run('out_of_the_door', changes)
+    assert list(names['table'].index) == ['teacher','alone','distilled','ONNX','int8'] and (names['table'].MB > 0).all()
+    assert names['table'].accuracy['ONNX'] == pytest.approx(names['table'].accuracy['distilled'])
+    assert len(names['said']['student0-int8.onnx']) == 16 and not names['folder'].exists()
 
 @pytest.mark.parametrize('name', ['pets','mnist','beans'])
 def test_the_command_that_runs_a_page_finds_its_students(name, monkeypatch):
