@@ -145,7 +145,7 @@ def _device(dls):
     device = torch.device(dls.device or 'cpu')
     return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device}, {torch.get_num_threads()} threads'
 
-# %% ../../nbs/budget/candidates.ipynb #7104b217
+# %% ../../nbs/budget/candidates.ipynb #80c4226a
 def measure_students(
     students, # Names of models, or dictionary: name -> function that makes a model or a `Learner`; `Candidates` stay
     dls:DataLoaders, # They are measured on an item of `dls.valid`, and tried on a batch of `dls.train`
@@ -169,5 +169,7 @@ def measure_students(
     table = pd.DataFrame(list(rows.values()), pd.Index(list(rows), name='student')).reindex(columns=columns)
     if not (table['left out'] == '').any():
         raise ValueError(f'None of {len(table)} students can be used. {_nearest(table, max_ms, max_mb)}')
-    if file: table.to_csv(file)
+    if file:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(file)
     return Candidates(makers, table, max_ms, max_mb)

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['check_losses', 'find_student']
 
-# %% ../../nbs/budget/find.ipynb #96f11da6
-import random, re
+# %% ../../nbs/budget/find.ipynb #005a3fdf
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-import torch
-from fastai.basics import DataLoaders, Learner, accuracy
+from fastai.basics import DataLoaders, Learner
 from ..callback import KnowledgeDistillationCallback
 from ..ensemble import as_teacher
 from ..experiment import print_once, train_students, with_teacher
@@ -19,13 +18,13 @@ from ..images import in_brief
 from ..losses.predictions import SoftTarget
 from ..measure import comp_for
 from ..recording.files import alone
-from ..recording.fingerprints import checksums, digest_model, leaves
+from ..recording.fingerprints import checksums, digest_header, digest_model, leaves
 from ..recording.record import record_teacher
 from ..search import monitor_of
 from ..unlabelled import has_labels
 from .candidates import Candidates, measure_students, try_step
 from .found import FoundStudent
-from .trials import Competition, need_optuna
+from .trials import Competition, described, need_optuna
 
 # %% ../../nbs/budget/find.ipynb #253c97c3
 @contextmanager
@@ -68,12 +67,12 @@ def check_losses(
             try: try_step(candidates.learner(name), KnowledgeDistillationCallback(teacher, loss, weight=weight))
             except Exception as e: raise ValueError(f'The student {name} cannot be trained with {k}: {in_brief(e)}') from e
 
-# %% ../../nbs/budget/find.ipynb #c04bcd1f
-def _recorded(teacher, dls, losses, folder, n_epoch):
+# %% ../../nbs/budget/find.ipynb #f15ac23d
+def _recorded(teacher, dls, losses, path, n_epoch):
     "A recording for the short fits; the teacher itself where its answers cannot be recorded"
     if not teacher.live: return teacher
     terms = [m for loss in losses.values() for m in (loss if isinstance(loss, (list,tuple)) else [loss])]
-    try: return record_teacher(teacher, dls, folder/'teacher', n_epoch, terms)
+    try: return record_teacher(teacher, dls, path, n_epoch, terms)
     except (ValueError,TypeError) as e:
         print_once(f'The teacher is asked in each fit, as it cannot be recorded: {in_brief(e)}')
         return teacher
@@ -102,8 +101,8 @@ def _judge(learn, monitor, comp):
 
 def _check_numbers(n_epoch, trial_epochs, lr, seeds, n_trials, weights):
     "The epochs of a short fit"
-    n_short = trial_epochs or max(1, n_epoch//2)
-    for k,v in dict(n_epoch=n_epoch, trial_epochs=n_short, seeds=seeds, n_trials=n_trials or 1).items():
+    n_short = max(1, n_epoch//2) if trial_epochs is None else trial_epochs
+    for k,v in dict(n_epoch=n_epoch, trial_epochs=n_short, seeds=seeds, n_trials=1 if n_trials is None else n_trials).items():
         if v < 1: raise ValueError(f'Expected {k} to be at least 1, but got {v}')
     if not lr > 0: raise ValueError(f'Expected lr to be above 0, but got {lr}')
     if not len(weights) or len(set(weights)) < len(weights):
@@ -113,14 +112,19 @@ def _check_numbers(n_epoch, trial_epochs, lr, seeds, n_trials, weights):
 def _train(found, asked, losses, n_epoch, lr, seeds, teacher):
     "Train the best student in full, alone and distilled"
     b = found.best
+    if math.isnan(found.table[found.monitor][b['student']]):
+        raise ValueError(f'No short fit ended with a finite {found.monitor}: {"; ".join(sorted(set(found.trials.error)))}. '
+                         'Give a smaller lr, or other losses.')
     methods = with_teacher(asked, {'scratch':{}, b['loss']:dict(loss=losses[b['loss']], weight=b['weight'])})
     def new_student(): return found.candidates.learner(b['student'])
     print_once(found.__repr__())
-    found.runs,found.learners = train_students(new_student, methods, n_epoch, lr, seeds, found.monitor)
+    try: found.runs,found.learners = train_students(new_student, methods, n_epoch, lr, seeds, found.monitor)
+    except KeyboardInterrupt: raise KeyboardInterrupt('The short fits are made and kept. A search with the same '
+                                                      'arguments goes on after them.') from None
     found.teacher = teacher if isinstance(teacher, Learner) else None
     return found
 
-# %% ../../nbs/budget/find.ipynb #fad2dc10
+# %% ../../nbs/budget/find.ipynb #6009549b
 def find_student(
     teacher, # Trained `Learner`, or a module, a `Teacher`, a list of them, a recording
     dls:DataLoaders, # What students train on and are compared on
@@ -154,9 +158,11 @@ def find_student(
         learn = students.learner(students.names[0])
         monitor,less = _judge(learn, monitor, comp)
         check_losses(students, asked, losses)
-        rec = _recorded(asked, dls, losses, folder, n_short)
+        about = _about(asked, dls)
+        name = digest_header(dict(about, losses=described(losses), n_epoch=n_short))[:8]
+        rec = _recorded(asked, dls, losses, folder/f'teacher-{name}', n_short)
         fits = Competition(students, rec, losses, weights, n_short, lr, monitor, less, seed)
-        trials = fits.run(folder/'trials.log', n_trials, _about(asked, dls))
+        trials = fits.run(folder/'trials.log', n_trials, about)
         found = FoundStudent(students, trials, monitor, less, n_short)
         forever = not rec.live and rec.header['any_order']
         return _train(found, rec if forever else teacher, losses, n_epoch, lr, seeds, teacher)

@@ -38,30 +38,30 @@ def _quiet(optuna):
             yield
     finally: optuna.logging.set_verbosity(level)
 
-# %% ../../nbs/budget/trials.ipynb #6090dfef
+# %% ../../nbs/budget/trials.ipynb #4a8534ca
 def _finished(study): return [t for t in study.get_trials(deepcopy=False) if t.state.name in ('COMPLETE','PRUNED')]
 
-def _check_same(found, what, file):
-    "The trials in `file` belong to this search"
-    changed = [f'{k} was {found.get(k)} and is {v}' for k,v in what.items() if found.get(k) != v]
-    if changed: raise ValueError(f'{file} has the trials of another search: {"; ".join(changed)}. '
-                                 'Give another folder, or delete this one.')
-
 def _open_study(optuna, file, what, direction):
-    "The study in `file`, which goes on with the trials that are finished"
+    "The study of this search in `file`, which goes on with the trials that are finished"
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(file)))
-    names = optuna.get_all_study_names(storage)
-    studies = [optuna.load_study(study_name=n, storage=storage) for n in names]
-    found = max((s for s in studies if 'what' in s.user_attrs), key=lambda s: len(_finished(s)), default=None)
-    if found is not None: _check_same(found.user_attrs['what'], what, file)
+    studies = [optuna.load_study(study_name=n, storage=storage) for n in optuna.get_all_study_names(storage)]
+    same = [s for s in studies if s.user_attrs.get('what') == what]
+    if studies and not same: print_once(f'{file} has the trials of another search{_changed(studies[-1], what)}. '
+                                        'A new search starts.')
+    found = max(same, key=lambda s: len(_finished(s)), default=None)
     if found is not None and len(found.trials) == len(_finished(found)): return found
     # what an interrupted trial has reported would count against others, and Optuna deletes no trial: a new study
-    study = optuna.create_study(storage=storage, study_name=str(len(names)), direction=direction)
+    study = optuna.create_study(storage=storage, study_name=str(len(studies)), direction=direction)
     study.set_user_attr('what', what)
     if found is not None: study.add_trials(_finished(found))
     return study
 
-# %% ../../nbs/budget/trials.ipynb #966a2164
+def _changed(study, what):
+    was = study.user_attrs.get('what', {})
+    names = [k for k,v in what.items() if was.get(k) != v]
+    return f', with other {", ".join(names)}'
+
+# %% ../../nbs/budget/trials.ipynb #dc467f0f
 class Competition:
     "Short fits of all combinations of student, loss and weight, of which those that lag behind are stopped"
     def __init__(self,
@@ -85,7 +85,7 @@ class Competition:
         n_trials:int=None, # How many combinations, drawn at random; all by default
         about:dict=None, # What else has to be the same if the search goes on
     ) -> pd.DataFrame: # A row for each trial
-        "Try the combinations"
+        "Try the combinations; Ctrl-C says how to go on"
         (optuna,pruning),n = need_optuna(),min(n_trials or len(self), len(self))
         with _quiet(optuna):
             direction = 'minimize' if self.less else 'maximize'
@@ -93,22 +93,27 @@ class Competition:
             study.pruner = optuna.pruners.SuccessiveHalvingPruner(max(1, self.n_epoch//9), reduction_factor=3)
             if study.trials: print_once(f'{len(study.trials)} of {n} short fits were made before.')
             while (i := len(study.trials)) < n:
-                study.sampler = optuna.samplers.BruteForceSampler(self.seed+i)     # the same draw if it is repeated
+                study.sampler = optuna.samplers.BruteForceSampler(1000*self.seed+i)     # the same draw if it is repeated
                 try: study.optimize(lambda trial: self._fit(trial, optuna, pruning), n_trials=1)
                 except KeyboardInterrupt: raise KeyboardInterrupt(
-                    f'Stopped after {i} of {n} short fits, which are kept in {file}. '
-                    'Start again with the same arguments to go on.') from None
+                    f'{i} of {n} short fits are made and kept in {file}. '
+                    'A search with the same arguments goes on there.') from None
                 print_once(f'{i+1} of {n}: {self._line(study.trials[-1])}')
             return pd.DataFrame([self._row(t) for t in study.trials])
 
 # %% ../../nbs/budget/trials.ipynb #68cc9a27
+def described(
+    losses:dict, # Name -> loss
+) -> dict: # Name -> text, the same in each process
+    "What losses are, without addresses"
+    return {k:re.sub(r' at 0x\w+', '', repr(v)) for k,v in losses.items()}
+
 @patch
 def _what(self:Competition):
     "What has to be the same if a search goes on"
     table = self.candidates.table
-    students = {n:[int(table.parameters[n]), float(table['million multiply-adds'][n])] for n in self.candidates.names}
-    losses = {k:re.sub(r' at 0x\w+', '', repr(v)) for k,v in self.losses.items()}
-    return dict(students=students, losses=losses, weights=self.weights, n_epoch=self.n_epoch, lr=self.lr,
+    students = {n:f'{table.parameters[n]:.0f}, {table["million multiply-adds"][n]:g}' for n in self.candidates.names}
+    return dict(students=students, losses=described(self.losses), weights=self.weights, n_epoch=self.n_epoch, lr=self.lr,
                 monitor=self.monitor, seed=self.seed)
 
 @patch
