@@ -12,6 +12,7 @@ from fastdistill.budget.found import FoundStudent, front
 from fastdistill.budget.trials import Competition
 from fastdistill.ema import EMATeacher
 from fastdistill.images import plain_model
+from fastdistill.measure import multiply_adds
 from fastdistill.losses import Attention, Logits, SoftTarget
 from fastdistill.objective import Match
 
@@ -74,7 +75,7 @@ def test_left_out_with_the_reason():
     assert math.isnan(found.table.parameters.built) and found.table.parameters.wide == 12
 
 def test_none_fits():
-    with pytest.raises(ValueError, match=r'None of 2 students.* Nearest is width 2 .* \d+ % over the budget'): measure_students(students(2, 4), data(), max_mb=0.0005)
+    with pytest.raises(ValueError, match=r'None of 2 students.* Nearest is width 2 .* \d+ % over the budget'): measure_students(students(2, 4), data(), max_mb=0.0005, **kw)
     with pytest.raises(ValueError, match='wide cannot be trained'): measure_students(dict(wide=lambda: nn.Linear(3, 3)), data(), max_mb=1)
 
 @pytest.mark.parametrize('args,msg', [
@@ -84,7 +85,7 @@ def test_none_fits():
     (dict(max_mb=1, students=['resnet18','resnet18']), 'each student once, but got resnet18 twice'),
     (dict(max_mb=1, students=['resnte18']), "Unknown torchvision model 'resnte18'"),
     (dict(max_mb=1, students={}), 'Expected students as a dictionary'),
-    (dict(max_mb=1, students=dict(a=net())), 'Expected students as a dictionary') if False else (dict(max_mb=1, students=dict(a=3)), 'Expected students as a dictionary'),
+    (dict(max_mb=1, students=dict(a=3)), 'Expected students as a dictionary'),
     (dict(max_mb=1, students=None), 'Only for color images')])
 def test_refused_when_measured(args, msg):
     with pytest.raises(ValueError, match=msg): measure_students(args.pop('students', students(2)), data(), **args)
@@ -96,12 +97,8 @@ def test_times_are_kept(tmp_path):
     assert again.table.ms['width 2'] == pytest.approx(first.table.ms['width 2']) and again.table.ms['width 4'] != first.table.ms['width 4']
 
 def test_default_students_span_a_factor_of_100():
-    from torch.utils.flop_counter import FlopCounterMode
-    counts = {}
-    for name in image_students:
-        with torch.device('meta'): model,x = plain_model(name, 2).eval(),torch.empty(1, 3, 64, 64)
-        with FlopCounterMode(display=False) as flops: model(x)
-        counts[name] = flops.get_total_flops()
+    x = torch.randn(1, 3, 64, 64)
+    counts = {name:multiply_adds(plain_model(name, 2).eval(), (x,)) for name in image_students}
     assert max(counts.values())/min(counts.values()) > 100
 
 # Who competes
@@ -109,8 +106,10 @@ def test_default_students_span_a_factor_of_100():
 def compete(file, n_epoch=9, makers=None, **args):
     candidates = measure_students(students(2, 3, 4) if makers is None else makers, data(), max_mb=1, n=1, **kw)
     losses = dict(soft=SoftTarget(), logits=Logits())
+    set_seed(7)
+    teacher = net(8)
     with redirect_stdout(io.StringIO()) as out:
-        table = Competition(candidates, net(8), losses, (0.3,0.7), n_epoch, 1e-2, 'accuracy', False).run(file, **args)
+        table = Competition(candidates, teacher, losses, (0.3,0.7), n_epoch, 1e-2, 'accuracy', False).run(file, **args)
     return table,out.getvalue()
 
 def trials_in(file):
@@ -140,11 +139,12 @@ def test_a_part_of_the_combinations(tmp_path):
     more,out = compete(tmp_path/'t', 1, n_trials=7)
     assert '5 of 7 short fits were made before' in out and more[:5].equals(table)
 
-@pytest.mark.parametrize('n', [1,14])
+@pytest.mark.parametrize('n', [2,10])
 def test_resumed_as_if_never_interrupted(tmp_path, n):
     whole,_ = compete(tmp_path/'whole', 4)
     count = []
-    def interrupted(w): return Learner(data(), net(w), cbs=Stop(count, n + 3*2), **kw)     # after the tries, of two epochs each
+    dls = data()
+    def interrupted(w): return Learner(dls, net(w), cbs=Stop(count, n+3), **kw)     # each is tried once before
     makers = {f'width {w}':partial(interrupted, w) for w in (2,3,4)}
     with pytest.raises(KeyboardInterrupt, match='of 12 short fits are made and kept'): compete(tmp_path/'parts', 4, makers)
     assert any(t.state.name == 'FAIL' and t.intermediate_values for t in trials_in(tmp_path/'parts')[0])
@@ -237,11 +237,11 @@ def test_less_is_better(tmp_path):
 
 def test_teachers_of_other_kinds(tmp_path):
     "Without a `Learner` there are no metrics but the loss; a recording and an ensemble are teachers too"
-    found,_ = find(tmp_path/'a', teacher=[net(4), net(4)], n_epoch=1, seeds=1)
+    found,_ = find(tmp_path/'a', teacher=[net(4), net(4)], n_epoch=1, seeds=1, loss_func=CrossEntropyLossFlat())
     assert found.monitor == 'valid_loss' and list(found.comparison.index) == list(found.learners)
     rec = next((tmp_path/'a').glob('teacher-*'))
     from fastdistill.recording import TeacherRecording
-    found,_ = find(tmp_path/'b', teacher=TeacherRecording(rec), n_epoch=1, seeds=1, metrics=accuracy)
+    found,_ = find(tmp_path/'b', teacher=TeacherRecording(rec), n_epoch=1, seeds=1, **kw)
     assert found.monitor == 'accuracy'
     with pytest.raises(ValueError, match='a teacher that stays as it is'): find(tmp_path/'c', teacher=EMATeacher())
 
@@ -255,7 +255,7 @@ def test_random_inputs_and_a_teacher_that_cannot_be_recorded(tmp_path):
             super().__init__()
             self.model = net(4)
         def forward(self, x): return self.model(x) + torch.randn(len(x), 3)
-    _,out = find(tmp_path/'b', teacher=Draws(), n_epoch=1, seeds=1)
+    _,out = find(tmp_path/'b', teacher=Draws(), n_epoch=1, seeds=1, **kw)
     assert 'asked in each fit, as it cannot be recorded' in out
 
 def test_tables(tmp_path):
@@ -308,5 +308,5 @@ def test_all_diverge(tmp_path):
 
 def test_interrupted_in_the_final_fits(tmp_path):
     count = []
-    makers = {'width 2':lambda: Learner(data(), net(2), cbs=Stop(count, 5), **kw)}     # two tries, one short fit of an epoch
+    makers = {'width 2':lambda: Learner(data(), net(2), cbs=Stop(count, 4), **kw)}     # two tries, one short fit of an epoch
     with pytest.raises(KeyboardInterrupt, match='The short fits are made and kept'): find(tmp_path, students=makers)

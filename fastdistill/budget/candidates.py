@@ -8,11 +8,12 @@ __all__ = ['image_students', 'Candidates', 'shown', 'measure_students']
 # %% ../../nbs/budget/candidates.ipynb #f63e5f58
 import random
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd
 import torch
-from fastai.basics import DataLoaders, Learner
+from fastai.basics import Callback, CancelTrainException, CancelValidException, DataLoaders, L, Learner
 from fastai.torch_core import apply, to_device
 from ..images import arch_of, in_brief, plain_model
 from ..measure import model_size, multiply_adds, time_forward
@@ -88,23 +89,28 @@ def _first_inputs(dls):
     n_inp = getattr(dls, 'n_inp', 1 if len(batch) == 1 else len(batch)-1)
     return tuple(apply(lambda x: x[:1], batch[:n_inp]))
 
-def _measure(learn, xb, n):
-    "Size and speed of a learner's model, in evaluation mode"
+def _speed(learn, xb, n):
+    "Multiply-adds and milliseconds of a learner's model, in evaluation mode"
     device = learn.dls.device
     model,xb = learn.model.to(device).eval(),to_device(xb, device)
     times = np.array(time_forward(model, xb, n))
-    return {**model_size(model), 'million multiply-adds':multiply_adds(model, xb), 'ms':np.median(times),
-            'ms ±':np.subtract(*np.percentile(times, [75,25]))/2, 'left out':''}
+    return {'million multiply-adds':multiply_adds(model, xb), 'ms':np.median(times),
+            'ms ±':np.subtract(*np.percentile(times, [75,25]))/2}
+
+class _OneBatch(Callback):
+    "End training and validation after the first batch"
+    order = 100
+    def after_batch(self): raise CancelTrainException if self.training else CancelValidException
 
 def try_step(
     learn:Learner, # Which is left as it was
     cbs=(), # Callbacks of this fit
 ):
     "Train and validate on one batch"
-    with untouched(learn), learn.no_bar():
-        batch = learn.dls.one_batch()
-        learn.dls = DataLoaders([batch], [batch])
-        learn.fit(1, cbs=cbs)
+    with ExitStack() as undo:
+        for o in (untouched(learn), learn.no_bar(), *(dl.fake_l.no_multiproc() for dl in learn.dls.loaders)):
+            undo.enter_context(o)
+        learn.fit(1, cbs=[*L(cbs), _OneBatch()])
 
 # %% ../../nbs/budget/candidates.ipynb #fc2ddbf1
 def _known(file):
@@ -123,7 +129,8 @@ def _row(make, xb, n, known, max_ms, max_mb):
     row = {}
     try:
         learn = make()
-        row = _measure(learn, xb, n)
+        row |= model_size(learn.model)
+        row |= _speed(learn, xb, n)
         if known is not None and known['parameters'] == row['parameters']: row |= known[['ms','ms ±']].to_dict()
         row['left out'] = _over(row, max_ms, max_mb)
         if not row['left out']: try_step(learn)
@@ -132,7 +139,7 @@ def _row(make, xb, n, known, max_ms, max_mb):
 
 def _nearest(table, max_ms, max_mb):
     "What to say where no student is within the budget"
-    measured = table[~table['left out'].str.startswith('cannot')]
+    measured = table[table.ms.notna()]
     if not len(measured): return '; '.join(f'{n} {why}' for n,why in table['left out'].items())
     parts = [measured[k]/v for k,v in (('ms',max_ms),('MB',max_mb)) if v]
     times = pd.concat(parts, axis=1).max(axis=1)
