@@ -48,16 +48,16 @@ def exhaustive(teacher, dls, epochs, folder):
         print(rows[-1], flush=True)
     return rows
 
-def searched(teacher, dls, epochs, max_mb, seed, short):
+def searched(teacher, dls, epochs, max_mb, seed, short, finalists):
     "A row for one search"
     with tempfile.TemporaryDirectory() as folder:
         found,seconds = quietly(find_student, teacher, dls, max_mb=max_mb, students=students, losses=losses, weights=weights, n_epoch=epochs,
-                                trial_epochs=short, lr=lr, folder=folder, seed=seed)
+                                trial_epochs=short, finalists=finalists, lr=lr, folder=folder, seed=seed)
     last = found.runs[(found.runs.epoch == epochs) & (found.runs.method != 'student, scratch')].accuracy
     return {'search':f'find_student, seed {seed}', **found.best, 'accuracy':last.mean(), '±':last.std(), 'CPU seconds':seconds,
             'epochs of short fits':int(found.trials.epochs.sum()), 'short fits':len(found.trials), 'finished':int(found.trials.finished.sum())}
 
-def main(epochs:int, short:int, seeds:int, out:Path):
+def main(epochs:int, short:int, finalists:int, seeds:int, out:Path):
     torch.set_num_threads(1)
     from fastai.basics import defaults
     defaults.callbacks = [c for c in defaults.callbacks if c.__name__ != 'ProgressCallback']
@@ -76,17 +76,19 @@ def main(epochs:int, short:int, seeds:int, out:Path):
         best = fits.loc[fits.accuracy.idxmax()]
         print(f'\nup to {mb:g} MB: {len(fits)} combinations, {fits["CPU seconds"].sum():.0f} s; best: {best.to_dict()}')
         for seed in range(seeds):
-            row = searched(teacher, dls, epochs, mb, seed, short)
+            row = searched(teacher, dls, epochs, mb, seed, short, finalists)
             row |= {'budget MB':mb, 'share of the time':row['CPU seconds']/fits['CPU seconds'].sum(),
                     'behind the best':best.accuracy-row['accuracy'], '± of the best':best['±']}
             rows.append(row)
             print(row, flush=True)
+            pd.DataFrame(rows).round(4).to_csv(out, index=False)
     pd.DataFrame(rows).round(4).to_csv(out, index=False)
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--epochs', type=int, default=60, help='of a fit in full')
     p.add_argument('--short', type=int, default=30, help='epochs of a short fit')
+    p.add_argument('--finalists', type=int, default=3, help='combinations that are trained in full')
     p.add_argument('--seeds', type=int, default=3, help='searches, each with another seed')
     p.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.csv'), help='file to write; an exhaustive search in it is kept')
     main(**vars(p.parse_args()))

@@ -11,7 +11,7 @@ from pathlib import Path
 from fastai.basics import accuracy, set_seed
 from fastai.torch_core import num_distrib
 from ..digits import digits_cnn, digits_dls, digits_learner
-from ..experiment import digits_methods, train_teacher
+from ..experiment import digits_methods, print_once, train_teacher
 from ..images import image_dls, image_loss, image_teacher, in_brief
 from .candidates import measure_students, try_step
 from .find import check_losses, find_student
@@ -47,6 +47,7 @@ def find_image_student(
     dls = image_dls(path, size, bs, valid_pct)
     file = Path(folder)/'measured.csv'
     candidates = measure_students(students, dls, max_ms, max_mb, file=file, metrics=accuracy)
+    print_once(repr(candidates))
     learn = image_teacher(dls, teacher, teacher_weights, not from_scratch)
     if not teacher_weights:
         try: try_step(learn)
@@ -70,6 +71,7 @@ def find_digits_student(
     students = {f'width-{w}':partial(digits_cnn, w) for w in widths}
     dls = digits_dls(200)
     candidates = measure_students(students, dls, max_ms, max_mb, file=Path(folder)/'measured.csv', metrics=accuracy)
+    print_once(repr(candidates))
     set_seed(0, reproducible=True)
     teacher = train_teacher(digits_learner(32), 20, 1e-2)
     losses = {k:v['loss'] for k,v in digits_methods.items() if v}

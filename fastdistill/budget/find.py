@@ -6,10 +6,11 @@
 __all__ = ['check_losses', 'find_student']
 
 # %% ../../nbs/budget/find.ipynb #005a3fdf
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+import pandas as pd
 from fastai.basics import DataLoaders, Learner
 from ..callback import KnowledgeDistillationCallback
 from ..ensemble import as_teacher
@@ -99,30 +100,31 @@ def _judge(learn, monitor, comp):
     monitor = monitor_of(learn, None, monitor, comp)
     return monitor,bool((comp or comp_for(monitor))(0, 1))
 
-def _check_numbers(n_epoch, trial_epochs, lr, seeds, n_trials, weights):
+def _check_numbers(n_epoch, trial_epochs, lr, weights, **others):
     "The epochs of a short fit"
     n_short = max(1, n_epoch//2) if trial_epochs is None else trial_epochs
-    for k,v in dict(n_epoch=n_epoch, trial_epochs=n_short, seeds=seeds, n_trials=1 if n_trials is None else n_trials).items():
-        if v < 1: raise ValueError(f'Expected {k} to be at least 1, but got {v}')
+    for k,v in dict(n_epoch=n_epoch, trial_epochs=n_short, **others).items():
+        if v is not None and v < 1: raise ValueError(f'Expected {k} to be at least 1, but got {v}')
     if not lr > 0: raise ValueError(f'Expected lr to be above 0, but got {lr}')
     if not len(weights) or len(set(weights)) < len(weights):
         raise ValueError(f'Expected weights that differ from each other, but got {weights}')
     return n_short
 
-def _train(found, asked, losses, n_epoch, lr, seeds, teacher):
-    "Train the best student in full, alone and distilled"
-    b = found.best
-    if math.isnan(found.table[found.monitor][b['student']]):
-        raise ValueError(f'No short fit ended with a finite {found.monitor}: {"; ".join(sorted(set(found.trials.error)))}. '
-                         'Give a smaller lr, or other losses.')
-    methods = with_teacher(asked, {'scratch':{}, b['loss']:dict(loss=losses[b['loss']], weight=b['weight'])})
-    def new_student(): return found.candidates.learner(b['student'])
-    print_once(found.__repr__())
-    try: found.runs,found.learners = train_students(new_student, methods, n_epoch, lr, seeds, found.monitor)
-    except KeyboardInterrupt: raise KeyboardInterrupt('The short fits are made and kept. A search with the same '
-                                                      'arguments goes on after them.') from None
-    found.teacher = teacher if isinstance(teacher, Learner) else None
-    return found
+def _train(found, asked, losses, n_epoch, lr, seeds, n_finalists):
+    "Train the best combinations in full, and the student of the best of these alone"
+    def train(student, kw):
+        name = kw['name'] if kw else 'scratch'
+        methods = with_teacher(asked, {name:{k:v for k,v in kw.items() if k != 'name'}})
+        return train_students(partial(found.candidates.learner, student), methods, n_epoch, lr, seeds, found.monitor)
+    finals = []
+    for b in found.finalists(n_finalists):
+        print_once(f'In full: {b["student"]}, {b["loss"]}, weight {b["weight"]:g}')
+        runs,learners = train(b['student'], dict(name=b['loss'], loss=losses[b['loss']], weight=b['weight']))
+        finals.append((b, runs, learners))
+    found.add_finals(finals, n_epoch)
+    _,runs,learners = finals[found.finals.index[0]]
+    alone,learners_alone = train(found.best['student'], {})
+    found.runs,found.learners = pd.concat([alone,runs], ignore_index=True),learners_alone | learners
 
 # %% ../../nbs/budget/find.ipynb #6009549b
 def find_student(
@@ -133,10 +135,11 @@ def find_student(
     students=None, # Name -> function that makes a model or a `Learner`; or names of models; `Candidates`
     losses=None, # Name -> loss or `Match`, or a list of them; `SoftTarget` by default
     weights:list=(0.5,0.9), # Weights of the distillation loss
-    n_epoch:int=10, # Epochs in which the winner is trained
+    n_epoch:int=10, # Epochs of those that are trained in full
     trial_epochs:int=None, # Epochs of a short fit, half as many by default
     lr:float=1e-3, # Maximum learning rate of `fit_one_cycle`
-    seeds:int=3, # Runs of the winner, alone and distilled
+    finalists:int=3, # Combinations that are trained in full, of which the best is taken
+    seeds:int=3, # Runs of each, and of the best student alone
     n_trials:int=None, # How many combinations to try, drawn at random; all by default
     folder='fastdistill-budget', # Trials and recorded answers, with which an interrupted search goes on
     monitor:str=None, # Column to compare; the first metric that can be judged by default, else `valid_loss`
@@ -147,14 +150,14 @@ def find_student(
 ) -> FoundStudent:
     "Find the best student within a budget, and train it alone and distilled; `ValueError` where none fits"
     need_optuna()
-    n_short = _check_numbers(n_epoch, trial_epochs, lr, seeds, n_trials, weights)
+    n_short = _check_numbers(n_epoch, trial_epochs, lr, weights, seeds=seeds, n_trials=n_trials, finalists=finalists)
     losses,folder,settings = _named_losses(losses),Path(folder),_settings(teacher, dls, loss_func, metrics)
     asked = as_teacher(teacher)
     if asked.steps is not None: raise ValueError(f'Expected a teacher that stays as it is, but got {asked}')
     with _one_search(folder):
         if not isinstance(students, Candidates):
             students = measure_students(students, dls, max_ms, max_mb, file=folder/'measured.csv', **settings)
-        print_once(repr(students))
+            print_once(repr(students))
         learn = students.learner(students.names[0])
         monitor,less = _judge(learn, monitor, comp)
         check_losses(students, asked, losses)
@@ -165,4 +168,8 @@ def find_student(
         trials = fits.run(folder/'trials.log', n_trials, about)
         found = FoundStudent(students, trials, monitor, less, n_short)
         forever = not rec.live and rec.header['any_order']
-        return _train(found, rec if forever else teacher, losses, n_epoch, lr, seeds, teacher)
+        try: _train(found, rec if forever else teacher, losses, n_epoch, lr, seeds, finalists)
+        except KeyboardInterrupt: raise KeyboardInterrupt('The short fits are made and kept. A search with the same '
+                                                          'arguments goes on after them.') from None
+    found.teacher = teacher if isinstance(teacher, Learner) else None
+    return found

@@ -28,16 +28,37 @@ class FoundStudent:
         n_epoch:int, # Epochs of the short fits that were not stopped
     ):
         self.candidates,self.trials,self.monitor,self.less,self.n_epoch = candidates,trials,monitor,less,n_epoch
-        self.runs,self.learners,self.teacher = None,{},None
+        self.finals,self.runs,self.learners,self.teacher = None,None,{},None
 
     def _ordered(self):
         "The trials, the best first: those that went on for longer, and of these by what they ended with"
         return self.trials.sort_values(['finished','epochs',self.monitor], ascending=[False,False,self.less], kind='stable')
 
+    def finalists(self,
+        n:int, # How many
+    ) -> list: # Dictionaries with student, loss and weight, the best first
+        "The short fits that ended best; `ValueError` where all diverged"
+        done = self._ordered()
+        done = done[done[self.monitor].notna()]
+        done = done[done.finished] if done.finished.any() else done
+        if len(done): return done[['student','loss','weight']].head(n).to_dict('records')
+        why = '; '.join(sorted({e for e in self.trials.error if e}))
+        raise ValueError(f'No short fit ended with a finite {self.monitor}. {why or "Give a smaller lr, or other losses."}')
+
+    def add_finals(self,
+        finals:list, # (student, loss and weight; runs; learners) of each combination that was trained in full
+        n_epoch:int, # Its epochs
+    ):
+        "Tell which is the best of those that were trained in full"
+        last = [runs[runs.epoch == n_epoch][self.monitor] for _,runs,_ in finals]
+        rows = [{**b, self.monitor:v.mean(), '±':v.std()} for (b,*_),v in zip(finals, last)]
+        self.finals = pd.DataFrame(rows).sort_values(self.monitor, ascending=self.less, kind='stable')
+
     @property
     def best(self) -> dict:
-        "Student, loss and weight of the short fit that ended best"
-        return self._ordered().iloc[0][['student','loss','weight']].to_dict()
+        "Student, loss and weight of the best that was trained in full, before that of the best short fit"
+        if self.finals is None: return self.finalists(1)[0]
+        return self.finals.iloc[0][['student','loss','weight']].to_dict()
 
     @property
     def table(self) -> pd.DataFrame: # A row for each student, with those over the budget
@@ -124,5 +145,6 @@ def write(self:FoundStudent,
         ('', self._text(), ''),
         ('Students', shown(self.table.reset_index()), ''),
         ('', fig, 'The best short fit of each student. Those left out were not trained.'),
-        ('Trained in full', self.comparison, ''), ('', self.comparison.note(), ''),
+        ('Trained in full', shown(self.finals), ''),
+        ('The best of these', self.comparison, ''), ('', self.comparison.note(), ''),
         ('Short fits', shown(trials), '')])
