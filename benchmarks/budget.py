@@ -57,6 +57,13 @@ def searched(teacher, dls, epochs, max_mb, seed, short, finalists):
     return {'search':f'find_student, seed {seed}', **found.best, 'accuracy':last.mean(), '±':last.std(), 'CPU seconds':seconds,
             'epochs of short fits':int(found.trials.epochs.sum()), 'short fits':len(found.trials), 'finished':int(found.trials.finished.sum())}
 
+def show_list():
+    "The default students for images of 64 pixels and two classes, on this machine"
+    items = [(torch.randn(3, 64, 64), i%2) for i in range(8)]
+    dls = DataLoaders(*[TfmdDL(items, bs=8, num_workers=0) for _ in range(2)])
+    dls.c = 2
+    print(measure_students(None, dls, max_mb=1000, loss_func=CrossEntropyLossFlat()))
+
 def main(epochs:int, short:int, finalists:int, seeds:int, out:Path):
     torch.set_num_threads(1)
     from fastai.basics import defaults
@@ -91,4 +98,7 @@ if __name__ == '__main__':
     p.add_argument('--finalists', type=int, default=3, help='combinations that are trained in full')
     p.add_argument('--seeds', type=int, default=3, help='searches, each with another seed')
     p.add_argument('--out', type=Path, default=Path(__file__).with_suffix('.csv'), help='file to write; an exhaustive search in it is kept')
-    main(**vars(p.parse_args()))
+    p.add_argument('--list', action='store_true', help='only measure the default students for images')
+    args = vars(p.parse_args())
+    if args.pop('list'): show_list()
+    else: main(**args)

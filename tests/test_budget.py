@@ -191,13 +191,17 @@ def test_found(tmp_path):
     assert same_state(teacher.model, before)
     table = found.table
     assert list(table.index) == ['width 2','width 4','width 16'] and table.accuracy.isna().tolist() == [False,False,True]
-    short = found.trials[found.trials.finished]
-    assert short.accuracy.max() == short.set_index(['student','loss','weight']).accuracy[tuple(found.best.values())]
+    short = found.trials[found.trials.finished].sort_values('accuracy', ascending=False, kind='stable')
+    keys = ['student','loss','weight']
+    assert len(found.finals) == 3 and {*found.finals[keys].itertuples(index=False)} == {*short[keys][:3].itertuples(index=False)}
+    full = found.runs[found.runs.epoch == 2].groupby('method').accuracy.mean()
+    assert full[f'student, {found.best["loss"]}'] == found.finals.accuracy.max() == found.finals.accuracy.iloc[0]
+    assert found.best == found.finals.iloc[0][keys].to_dict()
     assert list(found.learners) == ['student, scratch',f'student, {found.best["loss"]}'] and len(found.runs) == 2*2*2
     assert all(len(ls) == 2 for ls in found.learners.values())
     model = found.learners['student, scratch'][0].model
     assert sum(p.numel() for p in model.parameters()) == table.parameters[found.best['student']]
-    assert 'of which' not in out and 'Best within 0.004 MB: width' in repr(found) and '<p>Best within' in found._repr_html_()
+    assert 'Best within 0.004 MB: width' in repr(found) and '<p>Best within' in found._repr_html_()
     found.write(tmp_path)
     assert {'students.csv','trials.csv','budget.png','budget.html'} <= {f.name for f in tmp_path.iterdir()}
     page = (tmp_path/'budget.html').read_text()
@@ -230,7 +234,7 @@ def test_best_front_and_figure():
     assert result(True, None).plot().lines
 
 def test_less_is_better(tmp_path):
-    found,_ = find(tmp_path, metrics=error_rate)
+    found,_ = find(tmp_path, metrics=error_rate, finalists=1)
     assert found.monitor == 'error_rate' and found.less
     done = found.trials[found.trials.finished]
     assert done.error_rate[done.student == found.best['student']].iloc[0] == done.error_rate.min() and 'error_rate' in found.runs
@@ -275,6 +279,7 @@ def test_tables(tmp_path):
     (dict(n_epoch=0), 'Expected n_epoch to be at least 1'),
     (dict(trial_epochs=0), 'Expected trial_epochs to be at least 1'),
     (dict(seeds=0), 'Expected seeds to be at least 1'),
+    (dict(finalists=0), 'Expected finalists to be at least 1'),
     (dict(n_trials=0), 'Expected n_trials to be at least 1'),
     (dict(lr=0), 'Expected lr to be above 0'),
     (dict(weights=(0.5,0.5)), 'Expected weights that differ'),

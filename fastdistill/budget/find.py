@@ -121,7 +121,7 @@ def _train(found, asked, losses, n_epoch, lr, seeds, n_finalists):
         print_once(f'In full: {b["student"]}, {b["loss"]}, weight {b["weight"]:g}')
         runs,learners = train(b['student'], dict(name=b['loss'], loss=losses[b['loss']], weight=b['weight']))
         finals.append((b, runs, learners))
-    found.add_finals(finals, n_epoch)
+    found.add_finals(finals)
     _,runs,learners = finals[found.finals.index[0]]
     alone,learners_alone = train(found.best['student'], {})
     found.runs,found.learners = pd.concat([alone,runs], ignore_index=True),learners_alone | learners

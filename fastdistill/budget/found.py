@@ -47,10 +47,9 @@ class FoundStudent:
 
     def add_finals(self,
         finals:list, # (student, loss and weight; runs; learners) of each combination that was trained in full
-        n_epoch:int, # Its epochs
     ):
         "Tell which is the best of those that were trained in full"
-        last = [runs[runs.epoch == n_epoch][self.monitor] for _,runs,_ in finals]
+        last = [runs.groupby('seed')[self.monitor].last() for _,runs,_ in finals]
         rows = [{**b, self.monitor:v.mean(), '±':v.std()} for (b,*_),v in zip(finals, last)]
         self.finals = pd.DataFrame(rows).sort_values(self.monitor, ascending=self.less, kind='stable')
 
