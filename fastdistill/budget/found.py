@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
 from fastcore.basics import patch
+from matplotlib.ticker import LogFormatter
 from ..compare import compare
 from ..plots import no_formulas
 from ..report import write_report
@@ -123,6 +124,7 @@ def plot(self:FoundStudent,
     if len(rest): ax.plot(rest.ms, [low]*len(rest), 'x', color='#888888', label='left out, not trained')
     if self.candidates.max_ms: ax.axvline(self.candidates.max_ms, color='#c44e52', ls='--', label=f'{self.candidates.max_ms:g} ms')
     ax.set(xscale='log', xlabel='milliseconds at batch 1', ylabel=f'{self.monitor}, after {self.n_epoch} epochs')
+    for axis in ('major','minor'): getattr(ax.xaxis, f'set_{axis}_formatter')(LogFormatter(labelOnlyBase=False))
     ax.margins(0.12)
     ax.legend(frameon=False, fontsize=8)
     ax.spines[['top','right']].set_visible(False)

@@ -90,7 +90,7 @@ class Competition:
         with _quiet(optuna):
             direction = 'minimize' if self.less else 'maximize'
             study = _open_study(optuna, file, json.loads(json.dumps(self._what() | (about or {}))), direction)
-            study.pruner = optuna.pruners.SuccessiveHalvingPruner(max(1, self.n_epoch//9), reduction_factor=3)
+            study.pruner = optuna.pruners.SuccessiveHalvingPruner(max(1, self.n_epoch//4), reduction_factor=2)
             if study.trials: print_once(f'{len(study.trials)} of {n} short fits were made before.')
             while (i := len(study.trials)) < n:
                 study.sampler = optuna.samplers.BruteForceSampler(1000*self.seed+i)     # the same draw if it is repeated
