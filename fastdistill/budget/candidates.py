@@ -150,7 +150,8 @@ def _nearest(table, max_ms, max_mb):
 
 def _device(dls):
     device = torch.device(dls.device or 'cpu')
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device}, {torch.get_num_threads()} threads'
+    if device.type == 'cuda': return torch.cuda.get_device_name(device)
+    return f'{device}, {torch.get_num_threads()} threads'
 
 # %% ../../nbs/budget/candidates.ipynb #80c4226a
 def measure_students(
@@ -171,7 +172,8 @@ def measure_students(
         return made if isinstance(made, Learner) else Learner(dls, made, **kwargs)
     makers = _makers(_default_students(dls) if students is None else students, dls, new_learner)
     xb,device,known = _first_inputs(dls),_device(dls),_known(file)
-    rows = {k:{'device':device, **_row(make, xb, n, known.get((k,device)), max_ms, max_mb)} for k,make in makers.items()}
+    rows = {k:{'device':device, **_row(make, xb, n, known.get((k,device)), max_ms, max_mb)}
+            for k,make in makers.items()}
     columns = ['parameters','MB','million multiply-adds','ms','ms ±','device','left out']
     table = pd.DataFrame(list(rows.values()), pd.Index(list(rows), name='student')).reindex(columns=columns)
     if not (table['left out'] == '').any():

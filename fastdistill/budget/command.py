@@ -75,8 +75,10 @@ def find_digits_student(
     set_seed(0, reproducible=True)
     teacher = train_teacher(digits_learner(32), 20, 1e-2)
     losses = {k:v['loss'] for k,v in digits_methods.items() if v}
-    return find_student(teacher, dls, students=candidates, losses=losses, n_epoch=epochs, lr=1e-2, seeds=seeds, folder=folder)
+    return find_student(teacher, dls, students=candidates, losses=losses, n_epoch=epochs, lr=1e-2, seeds=seeds,
+                        folder=folder)
 
 def _check_alone():
     need_optuna()
-    if num_distrib() > 1: raise ValueError('A search for a student runs in one process. Start it with plain `fastdistill`.')
+    if num_distrib() > 1:
+        raise ValueError('A search for a student runs in one process. Start it with plain `fastdistill`.')

@@ -66,7 +66,8 @@ def check_losses(
     for name in candidates.names:
         for k,loss in losses.items():
             try: try_step(candidates.learner(name), KnowledgeDistillationCallback(teacher, loss, weight=weight))
-            except Exception as e: raise ValueError(f'The student {name} cannot be trained with {k}: {in_brief(e)}') from e
+            except Exception as e:
+                raise ValueError(f'The student {name} cannot be trained with {k}: {in_brief(e)}') from e
 
 # %% ../../nbs/budget/find.ipynb #f15ac23d
 def _recorded(teacher, dls, losses, path, n_epoch):

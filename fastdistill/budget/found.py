@@ -33,7 +33,8 @@ class FoundStudent:
 
     def _ordered(self):
         "The trials, the best first: those that went on for longer, and of these by what they ended with"
-        return self.trials.sort_values(['finished','epochs',self.monitor], ascending=[False,False,self.less], kind='stable')
+        by,up = ['finished','epochs',self.monitor],[False,False,self.less]
+        return self.trials.sort_values(by, ascending=up, kind='stable')
 
     def finalists(self,
         n:int, # How many
@@ -44,7 +45,8 @@ class FoundStudent:
         done = done[done.finished] if done.finished.any() else done
         if len(done): return done[['student','loss','weight']].head(n).to_dict('records')
         why = '; '.join(sorted({e for e in self.trials.error if e}))
-        raise ValueError(f'No short fit ended with a finite {self.monitor}. {why or "Give a smaller lr, or other losses."}')
+        raise ValueError(f'No short fit ended with a finite {self.monitor}. '
+                         f'{why or "Give a smaller lr, or other losses."}')
 
     def add_finals(self,
         finals:list, # (student, loss and weight; runs; learners) of each combination that was trained in full
@@ -122,7 +124,7 @@ def plot(self:FoundStudent,
     values = tried[self.monitor]
     low = values.max() + 0.08*np.ptp(values) if self.less else values.min() - 0.08*(np.ptp(values) or 1)
     if len(rest): ax.plot(rest.ms, [low]*len(rest), 'x', color='#888888', label='left out, not trained')
-    if self.candidates.max_ms: ax.axvline(self.candidates.max_ms, color='#c44e52', ls='--', label=f'{self.candidates.max_ms:g} ms')
+    if ms := self.candidates.max_ms: ax.axvline(ms, color='#c44e52', ls='--', label=f'{ms:g} ms')
     ax.set(xscale='log', xlabel='milliseconds at batch 1', ylabel=f'{self.monitor}, after {self.n_epoch} epochs')
     for axis in ('major','minor'): getattr(ax.xaxis, f'set_{axis}_formatter')(LogFormatter(labelOnlyBase=False))
     ax.margins(0.12)

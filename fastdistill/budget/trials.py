@@ -93,7 +93,7 @@ class Competition:
             study.pruner = optuna.pruners.SuccessiveHalvingPruner(max(1, self.n_epoch//4), reduction_factor=2)
             if study.trials: print_once(f'{len(study.trials)} of {n} short fits were made before.')
             while (i := len(study.trials)) < n:
-                study.sampler = optuna.samplers.BruteForceSampler(1000*self.seed+i)     # the same draw if it is repeated
+                study.sampler = optuna.samplers.BruteForceSampler(1000*self.seed+i)     # the same if repeated
                 try: study.optimize(lambda trial: self._fit(trial, optuna, pruning), n_trials=1)
                 except KeyboardInterrupt: raise KeyboardInterrupt(
                     f'{i} of {n} short fits are made and kept in {file}. '
@@ -113,8 +113,8 @@ def _what(self:Competition):
     "What has to be the same if a search goes on"
     table = self.candidates.table
     students = {n:f'{table.parameters[n]:.0f}, {table["million multiply-adds"][n]:g}' for n in self.candidates.names}
-    return dict(students=students, losses=described(self.losses), weights=self.weights, n_epoch=self.n_epoch, lr=self.lr,
-                monitor=self.monitor, seed=self.seed)
+    kept = {k:getattr(self, k) for k in ('weights','n_epoch','lr','monitor','seed')}
+    return dict(students=students, losses=described(self.losses), **kept)
 
 @patch
 def _fit(self:Competition, trial, optuna, pruning):
