@@ -12,6 +12,7 @@ from .unlabelled import add_unlabelled
 from .untouched import untouched
 from .measure import agreement, calibration_error
 from .compare import compare
+from .budget import find_student
 from .interpret import DistillationInterpretation
 from .report import write_report
 from .deploy import export_onnx, quantize_onnx

@@ -18,6 +18,7 @@ except ImportError: Param = None         # fastcore 2 annotates with typing.Anno
 from .deploy.runtime import need
 from .experiment import distill_digits, start_processes, write_results
 from .images import distill_images
+from .budget.command import find_digits_student, find_image_student
 
 # %% ../nbs/cli.ipynb #c3fedbef
 @contextmanager
@@ -33,7 +34,8 @@ def _folder(out):
     found = files()
     try: yield
     except (KeyboardInterrupt,BrokenPipeError) as e:
-        raise type(e)(_stopped(out, sorted(dict(files().items() - found.items())))) from e
+        more = f' {e}' if isinstance(e, KeyboardInterrupt) and e.args else ''     # of a search for a student
+        raise type(e)(_stopped(out, sorted(dict(files().items() - found.items()))) + more) from e
     finally:
         with suppress(OSError):   # not empty
             for p in made: p.rmdir()
@@ -64,6 +66,9 @@ def fastdistill(
     bs:int=None, # Images: batch size, of each process where several were launched (default: 64)
     lr:float=None, # Images: maximum learning rate (default: 1e-3)
     valid_pct:float=None, # Images: share to validate on where there is no folder valid (default: 0.2)
+    max_ms:float=None, # Budget: find the best student of at most so many milliseconds for one image, on this machine
+    max_mb:float=None, # Budget: of at most so many MB of parameters
+    students:str=None, # Budget: architectures to choose from, separated by commas (default: a list of eight)
     unlabelled:str=None, # Images: folder of images without labels, on which the distilled students also train
     epochs:int=None, # Epochs of each student, and of a teacher for images (default: digits 60, images 10)
     seeds:int=None, # Runs of each student (default: digits 5, images 3)
@@ -78,15 +83,31 @@ def fastdistill(
     if onnx or int8: need('onnx', 'onnxscript', 'onnxruntime')
     with _folder(out):
         start_processes()
+        if 'max_ms' in args or 'max_mb' in args: return _find(path, args, out)
         if path is None: results = distill_digits(**args)
         else: results = distill_images(path, **args, save_teacher=out/'teacher.pth')
         return write_results(*results, out, onnx, int8)
+
+def _find(path, args, out):
+    "Find a student within a budget, and write what was found"
+    if path is None: found = find_digits_student(**args, folder=out/'search')
+    else: found = find_image_student(path, **args, save_teacher=out/'teacher.pth', folder=out/'search')
+    found.comparison = write_results(found.runs, found.learners, found.teacher, out)
+    found.write(out)
+    return found.comparison
+
+def _check_budget(args):
+    "Options that go with a budget, and those that do not"
+    if args.keys() & {'max_ms','max_mb'}: wrong,why = args.keys() & {'student','task_weight','unlabelled'},'not with'
+    else: wrong,why = args.keys() & {'students'},'only with'
+    if wrong: raise ValueError(f'{", ".join(sorted(wrong))}: {why} a budget, --max_ms or --max_mb')
 
 def _checked(args, path):
     "The arguments that were given, with layers as lists"
     for k in ('epochs','seeds','size','bs'):
         if args.get(k, 1) < 1: raise ValueError(f'Expected {k} to be at least 1, but got {args[k]}')
-    if path is None and (extra := set(args) - {'epochs','seeds'}):
+    _check_budget(args)
+    if path is None and (extra := set(args) - {'epochs','seeds','max_ms','max_mb'}):
         raise ValueError(f'{", ".join(sorted(extra))}: only for a folder of images, and none was given')
     if not args.get('lr', 1) > 0: raise ValueError(f'Expected lr to be above 0, but got {args["lr"]}')
     return {k:v.split(',') if k in ('student_layers','teacher_layers') else v for k,v in args.items()}

@@ -89,7 +89,8 @@ def train_students(
     epochs:int, # Epochs of `fit_one_cycle`
     lr:float, # Its maximum learning rate
     seeds:int, # How many runs of each method, with seeds 0, 1, ...
-) -> tuple: # `DataFrame`: method, seed, epoch, accuracy; for each method a list of learners, one for each seed
+    metric:str='accuracy', # Its values are kept
+) -> tuple: # `DataFrame`: method, seed, epoch, the metric; for each method a list of learners, one for each seed
     "Train students by each of `methods`"
     rows,learners = [],{}
     for seed in range(seeds):
@@ -97,11 +98,11 @@ def train_students(
             set_seed(seed, reproducible=True)
             start,learn = time.perf_counter(),new_student()
             with learn.no_logging(), _in_all_processes(learn): learn.fit_one_cycle(epochs, lr, cbs=new_cbs())
-            i = learn.recorder.metric_names.index('accuracy') - 1
+            i = learn.recorder.metric_names.index(metric) - 1
             values = [v[i] for v in learn.recorder.values]
-            rows += [dict(method=name, seed=seed, epoch=e+1, accuracy=v) for e,v in enumerate(values)]
+            rows += [{'method':name, 'seed':seed, 'epoch':e+1, metric:v} for e,v in enumerate(values)]
             learners.setdefault(name, []).append(learn)
-            print_once(f'{name}, seed {seed}: accuracy {values[-1]:.3f} ({time.perf_counter()-start:.0f} s)')
+            print_once(f'{name}, seed {seed}: {metric} {values[-1]:.3f} ({time.perf_counter()-start:.0f} s)')
     return pd.DataFrame(rows),learners
 
 # %% ../nbs/experiment.ipynb #da1368ea

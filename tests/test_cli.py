@@ -1,5 +1,5 @@
 "The command as a user calls it: on the digits, on a folder of images, and on what it cannot use."
-import inspect, os, re, subprocess, sys
+import inspect, math, os, re, subprocess, sys
 from pathlib import Path
 import numpy as np, onnxruntime as ort, pandas as pd, pytest, torch
 from fastai.basics import Learner, load_learner, set_seed
@@ -7,6 +7,8 @@ from conftest import free_port
 from PIL import Image
 from torchvision import models
 from fastdistill import cli
+from fastdistill.budget import command
+from fastdistill.budget.trials import Competition
 from fastdistill.digits import digits_dls
 from fastdistill.images import image_dls, image_teacher, plain_model
 from test_images import images
@@ -140,6 +142,32 @@ def test_images_teacher_from_a_file(run, images, tmp_path, style):
     assert list(pd.read_csv(tmp_path/'results.csv').model) == ['teacher','student, scratch','student, Attention']
     assert 'teacher:' not in out     # not trained again
 
+def test_budget(run, images, tmp_path):
+    "Students are measured first; the best of those that fit is trained in full and written"
+    pytest.importorskip('optuna_integration')
+    args = images,'--teacher','resnet18','--from_scratch','--max-mb','7','--students','shufflenet_v2_x0_5,resnet18','--out',tmp_path,*tiny
+    out = run(*args)
+    table = pd.read_csv(tmp_path/'students.csv', index_col='student')
+    assert table['left out']['resnet18'] == '44.7 MB > 7 MB' and math.isnan(table.accuracy['resnet18']) and table.accuracy['shufflenet_v2_x0_5'] >= 0
+    assert list(pd.read_csv(tmp_path/'results.csv').model) == ['teacher','student, scratch','student, SoftTarget']
+    assert {'trials.csv','budget.png','budget.html','report.html','student-SoftTarget.pkl','teacher.pth'} <= {f.name for f in tmp_path.iterdir()}
+    assert out.index('1 of 2 students fit 7 MB') < out.index('teacher:') < out.index('2 of 2: shufflenet_v2_x0_5, SoftTarget, weight 0.') < out.index('Written to')
+    assert '2 of 2 short fits were made before' in run(*args, '--teacher_weights', tmp_path/'teacher.pth')
+
+def test_budget_stopped(run, images, tmp_path, monkeypatch, capsys):
+    pytest.importorskip('optuna_integration')
+    def stop(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(Competition, '__len__', stop)
+    with pytest.raises(SystemExit): run(images, '--teacher', 'resnet18', '--from_scratch', '--max_mb', 7, '--students', 'shufflenet_v2_x0_5', '--out', tmp_path, *tiny)
+    assert re.search(r'Written to .*search, teacher.pth. The teacher is trained: go on with --teacher_weights', capsys.readouterr().err)
+
+def test_budget_for_digits(run, tmp_path, monkeypatch):
+    pytest.importorskip('optuna_integration')
+    monkeypatch.setattr(command, 'train_teacher', lambda learn, *args: learn)
+    run('--max_mb', '0.01', '--epochs', 1, '--seeds', 1, '--out', tmp_path)
+    table = pd.read_csv(tmp_path/'students.csv', index_col='student')
+    assert table['left out'].isna().tolist() == [True,True,True,False,False] and table.accuracy.notna().tolist() == [True,True,True,False,False]
+
 def test_help():
     "The installed command, as a process of its own, explains each option"
     res = subprocess.run([Path(sys.executable).parent/'fastdistill', '--help'], capture_output=True, text=True, check=True)
@@ -178,6 +206,13 @@ def no_images(tmp_path):
     (['{ok}','--bs','8','--unlabelled','{ok}'], 'of its images are also among the labelled ones'),
     (['{ok}','--bs','8','--unlabelled','{ok}/valid/red'], '10 of its images are also among the labelled ones'),
     (['{ok}','--bs','8','--unlabelled','{bad}/unreadable'], '1 of 2 images cannot be read, such as .*bad.png'),
+    (['{ok}','--bs','8','--max_mb','0.1'], 'None of 8 students can be used. Nearest is shufflenet_v2_x0_5 with .* over the budget'),
+    (['{ok}','--bs','8','--max_mb','9','--students','resnte18'], "Unknown torchvision model 'resnte18'"),
+    (['{ok}','--bs','8','--max_mb','9','--student','resnet18'], 'student: not with a budget'),
+    (['{ok}','--bs','8','--students','resnet18'], 'students: only with a budget, --max_ms or --max_mb'),
+    (['{ok}','--bs','8','--max_ms','0'], 'Expected max_ms to be above 0'),
+    (['{ok}','--bs','8','--max_mb','9','--loss','SoftTarget,SoftTargets'], "Unknown loss 'SoftTargets'"),
+    (['--max_mb','1','--students','a'], 'students: only for a folder of images'),
     (['{ok}','--teacher','resnet43'], "Unknown torchvision model 'resnet43'. Nearest: resnet34"),
     (['{ok}','--student','resnte18'], "Unknown torchvision model 'resnte18'. Nearest: resnet18"),
     (['{ok}','--loss','SoftTargets'], "Unknown loss 'SoftTargets'. Nearest: SoftTarget"),
