@@ -83,16 +83,16 @@ def fastdistill(
     if onnx or int8: need('onnx', 'onnxscript', 'onnxruntime')
     with _folder(out):
         start_processes()
-        if 'max_ms' in args or 'max_mb' in args: return _find(path, args, out)
+        if 'max_ms' in args or 'max_mb' in args: return _find(path, args, out, onnx, int8)
         if path is None: results = distill_digits(**args)
         else: results = distill_images(path, **args, save_teacher=out/'teacher.pth')
         return write_results(*results, out, onnx, int8)
 
-def _find(path, args, out):
+def _find(path, args, out, onnx, int8):
     "Find a student within a budget, and write what was found"
     if path is None: found = find_digits_student(**args, folder=out/'search')
     else: found = find_image_student(path, **args, save_teacher=out/'teacher.pth', folder=out/'search')
-    found.comparison = write_results(found.runs, found.learners, found.teacher, out)
+    found.comparison = write_results(found.runs, found.learners, found.teacher, out, onnx, int8)
     found.write(out)
     return found.comparison
 
