@@ -139,7 +139,7 @@ def find_student(
     n_epoch:int=10, # Epochs of those that are trained in full
     trial_epochs:int=None, # Epochs of a short fit, half as many by default
     lr:float=1e-3, # Maximum learning rate of `fit_one_cycle`
-    finalists:int=3, # Combinations that are trained in full, of which the best is taken
+    finalists:int=5, # Combinations that are trained in full, of which the best is taken
     seeds:int=3, # Runs of each, and of the best student alone
     n_trials:int=None, # How many combinations to try, drawn at random; all by default
     folder='fastdistill-budget', # Trials and recorded answers, with which an interrupted search goes on
