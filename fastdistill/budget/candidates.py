@@ -49,18 +49,20 @@ class Candidates:
         for dl in getattr(learn.dls, 'loaders', []): dl.rng = random.Random(random.getrandbits(32))     # which shuffles
         return learn
 
-    def _text(self): return f'{len(self.names)} of {len(self.table)} students fit {self.budget}.'
+    def _text(self):
+        return (f'{len(self.names)} of {len(self.table)} students fit {self.budget}. '
+                f'Milliseconds at batch 1 on {self.table.device.iloc[0]}.')
     def __repr__(self): return f'{shown(self.table).to_string()}\n\n{self._text()}'
     def _repr_html_(self): return f'{shown(self.table).to_html()}<p>{self._text()}</p>'
 
 def shown(
     table:pd.DataFrame, # Table of candidates
 ) -> pd.DataFrame: # Of texts
-    "Numbers with as many digits as are of use"
+    "Numbers with as many digits as are of use; the device, which is the same for all, is left out"
     def text(v):
         if not isinstance(v, float): return f'{v:,}' if isinstance(v, int) else v
         return '' if np.isnan(v) else f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.3g}'
-    return table.astype(object).apply(lambda column: column.map(text))
+    return table.drop(columns='device', errors='ignore').astype(object).apply(lambda column: column.map(text))
 
 # %% ../../nbs/budget/candidates.ipynb #d2eeea5a
 def _makers(students, dls, new_learner):

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
 from fastcore.basics import patch
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from ..compare import compare
 from ..plots import no_formulas
 from ..report import write_report
@@ -108,6 +108,13 @@ def _write_names(ax, points):
         else: ax.add_artist(text)
         taken.append(box)
 
+def _log_axis(ax):
+    "Milliseconds that differ by factors, labelled as plain numbers"
+    ax.set_xscale('log')
+    ax.xaxis.set_major_locator(LogLocator(subs=(1,2,5)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
+
 @patch
 def plot(self:FoundStudent,
     ax=None, # Matplotlib axes
@@ -125,8 +132,8 @@ def plot(self:FoundStudent,
     low = values.max() + 0.08*np.ptp(values) if self.less else values.min() - 0.08*(np.ptp(values) or 1)
     if len(rest): ax.plot(rest.ms, [low]*len(rest), 'x', color='#888888', label='left out, not trained')
     if ms := self.candidates.max_ms: ax.axvline(ms, color='#c44e52', ls='--', label=f'{ms:g} ms')
-    ax.set(xscale='log', xlabel='milliseconds at batch 1', ylabel=f'{self.monitor}, after {self.n_epoch} epochs')
-    for axis in ('major','minor'): getattr(ax.xaxis, f'set_{axis}_formatter')(LogFormatter(labelOnlyBase=False))
+    ax.set(xlabel='milliseconds at batch 1', ylabel=f'{self.monitor}, after {self.n_epoch} epochs')
+    if table.ms.max() > 4*table.ms.min(): _log_axis(ax)
     ax.margins(0.12)
     ax.legend(frameon=False, fontsize=8)
     ax.spines[['top','right']].set_visible(False)

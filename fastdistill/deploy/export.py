@@ -185,7 +185,7 @@ def export_onnx(
         _save(program, made := Path(folder)/file.name, opset)
         text = _compared(OnnxModel(made), plain, want, tol)
         os.replace(made, file)
-    print(f'{file}: {file.stat().st_size/1e6:.3g} MB, opset {opset}. {text}.')
+    print(f'{file}: {file.stat().st_size/1e6:.3g} MB, opset {opset}.\n{text}.')
     return file
 
 def _save(program, file, opset):

@@ -107,5 +107,5 @@ def quantize_onnx(
         text = _quality(model, OnnxModel(made, dls), in_order(dls.loaders[-1]))
         os.replace(made, out)
     n_valid,(mb,before) = len(dls.loaders[-1].dataset),(f.stat().st_size/1e6 for f in (out,file))
-    print(f'{out}: {mb:.3g} MB instead of {before:.3g}. On {n_valid} items of dls.valid: {text}.')
+    print(f'{out}: {mb:.3g} MB instead of {before:.3g}.\nOn {n_valid} items of dls.valid: {text}.')
     return out
