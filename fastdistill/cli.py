@@ -94,6 +94,7 @@ def _find(path, args, out, onnx, int8):
     else: found = find_image_student(path, **args, save_teacher=out/'teacher.pth', folder=out/'search')
     found.comparison = write_results(found.runs, found.learners, found.teacher, out, onnx, int8)
     found.write(out)
+    print(f'The search: budget.html, budget.png, students.csv and trials.csv in {out}/.', flush=True)
     return found.comparison
 
 def _check_budget(args):

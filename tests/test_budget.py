@@ -193,7 +193,7 @@ def test_found(tmp_path):
     assert list(table.index) == ['width 2','width 4','width 16'] and table.accuracy.isna().tolist() == [False,False,True]
     short = found.trials[found.trials.finished].sort_values('accuracy', ascending=False, kind='stable')
     keys = ['student','loss','weight']
-    assert len(found.finals) == 3 and {*found.finals[keys].itertuples(index=False)} == {*short[keys][:3].itertuples(index=False)}
+    assert len(found.finals) == 4 and {*found.finals[keys].itertuples(index=False)} == {*short[keys][:5].itertuples(index=False)}
     full = found.runs[found.runs.epoch == 2].groupby('method').accuracy.mean()
     assert full[f'student, {found.best["loss"]}'] == found.finals.accuracy.max() == found.finals.accuracy.iloc[0]
     assert found.best == found.finals.iloc[0][keys].to_dict()
