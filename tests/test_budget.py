@@ -187,13 +187,13 @@ def find(folder, dls=None, teacher=None, **args):
 def test_found(tmp_path):
     teacher = learner(net(8))
     before = state(teacher.model)
-    found,out = find(tmp_path/'search', teacher=teacher, losses=dict(soft=SoftTarget(), maps=Match(Attention, ['0'], ['0'])))
+    found,out = find(tmp_path/'search', teacher=teacher, losses=dict(soft=SoftTarget(), maps=Match(Attention, ['0'], ['0'])), finalists=3)
     assert same_state(teacher.model, before)
     table = found.table
     assert list(table.index) == ['width 2','width 4','width 16'] and table.accuracy.isna().tolist() == [False,False,True]
     short = found.trials[found.trials.finished].sort_values('accuracy', ascending=False, kind='stable')
     keys = ['student','loss','weight']
-    assert len(found.finals) == 4 and {*found.finals[keys].itertuples(index=False)} == {*short[keys][:5].itertuples(index=False)}
+    assert len(found.finals) == 3 and {*found.finals[keys].itertuples(index=False)} == {*short[keys][:3].itertuples(index=False)}
     full = found.runs[found.runs.epoch == 2].groupby('method').accuracy.mean()
     assert full[f'student, {found.best["loss"]}'] == found.finals.accuracy.max() == found.finals.accuracy.iloc[0]
     assert found.best == found.finals.iloc[0][keys].to_dict()
@@ -206,7 +206,7 @@ def test_found(tmp_path):
     assert {'students.csv','trials.csv','budget.png','budget.html'} <= {f.name for f in tmp_path.iterdir()}
     page = (tmp_path/'budget.html').read_text()
     assert 'width 16' in page and 'gain in accuracy' in page and len(pd.read_csv(tmp_path/'trials.csv')) == 4
-    again,out = find(tmp_path/'search', teacher=teacher, losses=dict(soft=SoftTarget(), maps=Match(Attention, ['0'], ['0'])))
+    again,out = find(tmp_path/'search', teacher=teacher, losses=dict(soft=SoftTarget(), maps=Match(Attention, ['0'], ['0'])), finalists=3)
     assert '4 of 4 short fits were made before' in out and again.best == found.best and again.runs.equals(found.runs)
 
 def result(less, max_ms=3.):
