@@ -188,7 +188,7 @@ def write_results(
     return table
 
 def _files(learners, out, int8):
-    "ONNX and int8 files of the distilled students: method -> row of the table -> file. What cannot be exported is told"
+    "ONNX and int8 files of the distilled students: method -> row of the table -> file. A student that fails is skipped"
     found,(_,*distilled) = {},learners.items()
     for name,(learn,*_) in distilled:
         file = out/f'student-{name.split()[-1]}.onnx'

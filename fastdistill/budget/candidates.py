@@ -157,7 +157,7 @@ def _device(dls):
 
 # %% ../../nbs/budget/candidates.ipynb #80c4226a
 def measure_students(
-    students, # Names of models, or dictionary: name -> function that makes a model or a `Learner`; `Candidates` stay
+    students, # Names of models, or dictionary: name -> function that makes a model or a `Learner`
     dls:DataLoaders, # They are measured on an item of `dls.valid`, and tried on a batch of `dls.train`
     max_ms:float=None, # Milliseconds at batch 1, the median, on the device of `dls`
     max_mb:float=None, # MB of parameters and buffers

@@ -133,7 +133,7 @@ def find_student(
     dls:DataLoaders, # What students train on and are compared on
     max_ms:float=None, # Budget: milliseconds at batch 1, the median, on this machine
     max_mb:float=None, # Budget: MB of parameters and buffers
-    students=None, # Name -> function that makes a model or a `Learner`; or names of models; `Candidates`
+    students=None, # Name -> function that makes a model or a `Learner`; or names of models; or `Candidates`
     losses=None, # Name -> loss or `Match`, or a list of them; `SoftTarget` by default
     weights:list=(0.5,0.9), # Weights of the distillation loss
     n_epoch:int=10, # Epochs of those that are trained in full
