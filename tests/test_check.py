@@ -148,6 +148,7 @@ def test_check_of_a_recording(trained, tmp_path):
     check = learn.distill_check(KnowledgeDistillationCallback(rec, SoftTarget))
     assert check.warnings == [] and check.models.loc['teacher'].isna()['accuracy']
 
+@pytest.mark.slow
 def test_looking_in_two_processes(tmp_path):
     "With a frozen teacher: each process knows the numbers of the whole validation set, and nothing is changed"
     pytest.importorskip('accelerate')

@@ -79,6 +79,7 @@ def test_onnx_needs_its_packages(run, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"fastdistill: .*onnxruntime.*pip install 'fastdistill\[deploy\]'"): run('--onnx', '--out', tmp_path/'a')
     assert not (tmp_path/'a').exists()
 
+@pytest.mark.slow
 def test_several_processes(tmp_path):
     "Under `accelerate launch`: they train together, and the first alone prints and writes"
     pytest.importorskip('accelerate')
@@ -91,6 +92,7 @@ def test_several_processes(tmp_path):
     table = pd.read_csv(tmp_path/'results.csv')
     assert len(table) == 4 and table.accuracy[0] > 0.9
 
+@pytest.mark.slow
 def test_images_teacher_trained_here(run, images, tmp_path):
     out = run(images, '--from_scratch', '--teacher', 'resnet18', '--student', 'resnet18', '--out', tmp_path, *tiny)
     assert list(pd.read_csv(tmp_path/'results.csv').model) == ['teacher','student, scratch','student, SoftTarget']
@@ -107,6 +109,7 @@ def more(tmp_path_factory):
         Image.new('RGB', (50,40), (20*i,0,0)).save(path/f'{i%2}'/'a'/f'{i}.png')
     return path
 
+@pytest.mark.slow
 def test_unlabelled_images(run, images, more, tmp_path, monkeypatch):
     "The distilled student alone trains on them, for as many steps as the others"
     seen = []
@@ -123,6 +126,7 @@ def test_unlabelled_images(run, images, more, tmp_path, monkeypatch):
     assert pd.read_csv(tmp_path/'runs.csv').groupby('method').epoch.max().to_dict() == {'student, DecoupledKD':2, 'student, scratch':3}
     load_learner(tmp_path/'student-DecoupledKD.pkl')
 
+@pytest.mark.slow
 @pytest.mark.parametrize('style', ['plain','learner'])
 def test_images_teacher_from_a_file(run, images, tmp_path, style):
     file = tmp_path/'teacher.pth'
@@ -294,6 +298,7 @@ def test_a_reader_that_goes(tmp_path):
     assert process.wait(timeout=60) == 130 and said[-1].startswith('fastdistill: Stopped.') and not any('Traceback' in l or 'BrokenPipe' in l for l in said)
     assert not list(tmp_path.iterdir())
 
+@pytest.mark.slow
 def test_timm(run, images, tmp_path):
     pytest.importorskip('timm', reason='timm is not installed')
     run(images, '--from_scratch', '--teacher', 'timm:resnet18', '--student', 'timm:resnet10t', '--out', tmp_path, *tiny)

@@ -80,6 +80,7 @@ def test_the_first_process_speaks_and_writes(two):
     assert {f.name for f in out.glob('kd_*')} == {f'kd_{n}.pth' for n in distributed_run.scenarios}
     for a,b in two[0].values(): assert a['names'] == b['names'] == ['epoch','train_loss','valid_loss','accuracy','task_loss','kd_loss','time']
 
+@pytest.mark.slow
 def test_two_nodes(two, tmp_path):
     "`torchrun` on two machines of one process each, both this one: the same as two processes of one"
     port = free_port()

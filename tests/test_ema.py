@@ -436,6 +436,7 @@ def test_one_student_at_a_time():
 
 # --- several processes ---
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     "All keep the same average, that of one process with the joined batches; statistics of batch norm are each process's own, and the first one's are saved"
     pytest.importorskip('accelerate')

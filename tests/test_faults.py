@@ -49,6 +49,7 @@ def run(out, start, kill=''):
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]), PYTHONWARNINGS='ignore')
     return subprocess.run([sys.executable, '-c', script, str(out), str(start), kill], env=env, capture_output=True, text=True, timeout=300)
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     "Bit for bit: student, projectors, their optimizer and the schedules; only the epoch that was killed is run again"
     (whole := tmp_path/'whole').mkdir()
@@ -192,6 +193,7 @@ terms = [lambda: SoftTarget, lambda: DecoupledKD, lambda: Match(Attention, stage
          lambda: Match(Similarity, '0.1', '1.1')]
 extras = [lambda: GradientAccumulation(12), lambda: GradientClip(.1), lambda: MixUp()]
 
+@pytest.mark.slow
 def test_hundreds_of_fits():
     "With random losses, layers, callbacks and interruptions: no hook left, no growth of memory, no change of the teacher"
     learn,teacher,alive = learner(net(), data(16)),net(8),[]

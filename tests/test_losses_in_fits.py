@@ -92,6 +92,7 @@ def test_stages_and_the_pooling_layer_are_reviewed():
     assert [f.attend is None for f in loss_of(kd).fusions] == [False]*4 + [True]
     with pytest.raises(ValueError, match='a stage of the teacher.*got 2 and 1|ReviewKD.*but got 2 and 1'): fit(Learner(dls, student, loss_func=CrossEntropyLossFlat()), cbs=KD(teacher, ReviewKD, stages[:2], stages[:1]))
 
+@pytest.mark.slow
 def test_one_memory_in_two_processes(tmp_path):
     "Both have the vectors of all items, also of those that the other one has seen; with a learning rate of 0, computed by hand"
     finish(start('--nproc_per_node', 2, '--master_port', free_port(), here/'memory_run.py', tmp_path))

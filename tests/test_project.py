@@ -98,6 +98,7 @@ def documented(cells): return ' '.join(re.findall(r'show_doc\(([\w.]+)', '\n'.jo
 
 def prose(cells): return '\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='markdown')
 
+@pytest.mark.slow
 def test_links_of_the_processed_pages(processed, cfg):
     "Each name of ours in backticks is a link, and each link within the site has its page and its heading"
     from fastdistill._modidx import d

@@ -139,6 +139,7 @@ for what,path in zip(sys.argv[1::2], sys.argv[2::2]):
     print(what, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 '''
 
+@pytest.mark.slow
 def test_processes_that_end_in_the_middle(tmp_path):
     half,r,s,whole = (tmp_path/o for o in ('half','r','s','whole'))
     scenes = ('half',half),('record',whole),('half',r),('record',r),('limit',s),('record',s),('replay',r)

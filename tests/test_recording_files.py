@@ -44,6 +44,7 @@ def test_no_recording(tmp_path):
     (tmp_path/'empty').mkdir()
     refuses(lambda: TeacherRecording(tmp_path/'empty'), 'is no recording')
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_recording(tmp_path):
     "100,000 answers of a thousand classes, 200 MB: opened, and read in order and in any order"
     h = record_teacher(net(), data(), tmp_path/'r').header
@@ -92,6 +93,7 @@ try: record_teacher(net(), data(4000), sys.argv[1])
 except OSError as e: print(e)
 '''
 
+@pytest.mark.slow
 def test_space_that_is_not_there(tmp_path):
     "No file may be larger than 20 kB"
     done = python(limited, tmp_path/'r')

@@ -54,6 +54,7 @@ set_seed(0)
 record_teacher(Dies(), images(), sys.argv[1], n_epoch=2)
 '''
 
+@pytest.mark.slow
 def test_killed(tmp_path):
     def run(name, after): return python(killed, tmp_path/name, after)
     assert run('r', 8).returncode == -signal.SIGKILL and (tmp_path/'r.part').exists()
@@ -78,6 +79,7 @@ from conftest import data, net
 from fastdistill.recording import record_teacher
 record_teacher(net(), data(), sys.argv[1])
 '''
+@pytest.mark.slow
 def test_two_recorders_at_one_path(tmp_path):
     dls,teacher = data(),net()
     def second():

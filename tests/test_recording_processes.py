@@ -96,6 +96,7 @@ def test_a_process_that_fails_before_the_first_batch(tmp_path):
     assert ['out of memory' in error for _,error,_ in found] == [True,True]
     assert not {o.name for o in tmp_path.iterdir()} & {'r','r.part'}
 
+@pytest.mark.slow
 @pytest.mark.parametrize('who', [0,1])
 def test_a_process_that_is_killed(folder, tmp_path, who):
     "Nothing that was whole is lost; three processes complete what two began"

@@ -48,6 +48,7 @@ def check(names, n_methods, *metrics):
     for name,learn in names['learners'].items(): assert torch.tensor(learn.recorder.values).isfinite().all(), name
     assert set(names['runs'].method) == set(names['results']) and {0,1,2} <= set(names['runs'].seed)     # the stored results are this page's, of three seeds
 
+@pytest.mark.slow
 def test_pets(home, monkeypatch):
     for i in range(42):
         save(home/'oxford-iiit-pet/images'/f'Cat_{i}.jpg', 70)
@@ -62,6 +63,7 @@ def test_mnist(home):
         for i in range(10*n): save(home/'mnist_png'/split/f'{i%10}'/f'{i}.png', 28, 'L')
     check(run('mnist', {'net = cnn(a, b)':'net = cnn(a//8, b//8)'}), 7, 'accuracy')
 
+@pytest.mark.slow
 def test_beans(home, monkeypatch):
     class Split(list): features = dict(labels=SimpleNamespace(names=['angular_leaf_spot','bean_rust','healthy']))
     def load_dataset(name): return {s:Split(dict(labels=i%3, image=Image.new('RGB', (60,60), (i,2*i,3*i))) for i in range(n)) for s,n in (('train',33),('validation',6),('test',6))}

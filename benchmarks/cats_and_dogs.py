@@ -1,0 +1,134 @@
+"""Cats and dogs: how near a ResNet18 comes to its teacher, a ResNet34, and how soon.
+
+    python benchmarks/cats_and_dogs.py FOLDER --images IMAGES [--seeds 0 1 2] [--only NAME]     # five hours on one core; parts may run side by side
+
+Photographs, split, networks, 64 pixels and the teacher's 40 epochs are those of the page "Cats and dogs". FOLDER keeps the teacher and its recordings.
+Rows go to benchmarks/cats_and_dogs.csv, one for each epoch; a run that has its row is not repeated. `seconds` are those of this process's
+computing on one thread: training without validation, since the start of the fit. Rows of method "recording" are the time that the teacher's answers
+took. "Fixed" images are the middle of each photograph, recorded once. "Crops" are squares of 64 of 72 pixels, half of them mirrored: five epochs are
+recorded and repeated, and the student alone sees the same. "Average" is the moving average (0.99) of the student's weights, judged at the end.
+"""
+import argparse, time
+from functools import cached_property, partial
+from pathlib import Path
+import torch
+from fastai.vision.all import *
+from fastdistill.all import *
+from fastdistill.objective import Objective
+from torchvision.models import resnet18
+from runs import Runs
+from teachers import load_image, normalised
+from timing import machine
+
+layers = ['layer1','layer2','layer3','layer4'],['0.4','0.5','0.6','0.7']
+
+def page_data(images, *augment):
+    "The loaders of the page"
+    files = get_image_files(images).sorted()
+    return ImageDataLoaders.from_name_func(images, files, lambda f: f[0].isupper(), seed=42, item_tfms=Resize(64), num_workers=0,
+                                           batch_tfms=[*augment, Normalize.from_stats(*imagenet_stats)])
+
+def read(images):
+    "The page's training and validation set, 72 pixels wide, and labels"
+    files = get_image_files(images).sorted()
+    x,y = torch.stack([load_image(f, 72) for f in files]),torch.tensor([int(f.name[0].isupper()) for f in files])
+    return [(x[i],y[i]) for i in map(list, RandomSplitter(seed=42)(files))]
+
+def middle(x): return F.interpolate(x.float(), 64, mode='area')
+
+def crops(x):
+    n = len(x)
+    at = torch.randint(9, (2,n,1)) + torch.arange(64)
+    cols = torch.where(torch.rand(n, 1) < .5, at[1], at[1].flip(1))
+    return x.permute(0, 2, 3, 1)[torch.arange(n)[:,None,None], at[0][:,:,None], cols[:,None,:]].permute(0, 3, 1, 2)
+
+def loader(x, y, train=None):
+    def take(idxs): return x[idxs],y[idxs]
+    def transform(b): return normalised((train or middle)(b[0])),b[1]
+    return DataLoader(range(len(x)), bs=64, shuffle=train is not None, create_batch=take, after_batch=transform)
+
+class Seconds(Callback):
+    "Computing time of training, and accuracy after each epoch"
+    order = 100
+    def before_fit(self): self.spent,self.rows = 0,[]
+    def before_train(self): self.start = time.process_time()
+    def after_train(self): self.spent += time.process_time()-self.start
+    def after_validate(self): self.rows.append((self.spent,self.recorder.log[self.recorder.metric_names.index('accuracy')]))
+
+class Average(Callback):
+    def before_fit(self): self.model_avg = torch.optim.swa_utils.AveragedModel(self.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(.99), use_buffers=True)
+    def after_step(self): self.model_avg.update_parameters(self.model)
+
+# name -> images, epochs, arguments of the objective or nothing
+def both(): return [Match(SoftTarget(T=4), weight=.9), Match(Attention, *layers, weight=1000)]
+methods = {'alone, fixed images': (middle, 10, None),
+           'Attention and SoftTarget, fixed images, 4 epochs': (middle, 4, both),
+           'alone, fixed images, 4 epochs': (middle, 4, None),
+           'Attention and SoftTarget, fixed images': (middle, 10, both),
+           'Attention and SoftTarget, crops, 15 epochs': (crops, 15, both),
+           'alone, crops, 15 epochs': (crops, 15, None)}
+
+class Experiment:
+    def __init__(self, folder, images):
+        self.folder,self.images,self.runs = folder,images,Runs(Path(__file__).with_suffix('.csv'), 'seed','method','epoch')
+
+    @cached_property
+    def data(self): return read(self.images)
+
+    def dls(self, tfm): return DataLoaders(loader(*self.data[0], tfm), loader(*self.data[1]))
+
+    def add(self, seed, method, epoch, acc, seconds):
+        self.runs.add(seed=seed, method=method, epoch=epoch, accuracy=acc, seconds=seconds, machine=machine('cpu'))
+
+    @cached_property
+    def teacher(self):
+        file = self.folder/'teacher.pth'
+        learn = vision_learner(page_data(self.images, *aug_transforms()), resnet34, pretrained=False, metrics=accuracy)
+        if file.exists(): learn.model.load_state_dict(torch.load(file))
+        else:
+            set_seed(42)
+            learn = vision_learner(page_data(self.images, *aug_transforms()), resnet34, pretrained=False, metrics=accuracy)
+            with learn.no_bar(): learn.fit_one_cycle(40, 1e-3, cbs=(seconds := Seconds()))
+            torch.save(learn.model.state_dict(), file)
+            self.add(0, 'teacher', 40, learn.validate()[1], seconds.spent)
+        return learn.model
+
+    def recording(self, tfm):
+        path = self.folder/f'{tfm.__name__}.rec'
+        if path.exists(): return TeacherRecording(path)
+        n,start = 1 if tfm is middle else 5,time.process_time()
+        rec = record_teacher(self.teacher, self.dls(tfm), path, n_epoch=n, loss=both())
+        self.add(0, f'recording, {tfm.__name__}', n, None, time.process_time()-start)
+        return rec
+
+    def run(self, seed, name):
+        tfm,n_epoch,loss = methods[name]
+        if self.runs.has(seed=seed, method=name, epoch=n_epoch): return
+        rec = self.recording(tfm)
+        # the student alone sees the batches of the recording where they differ from epoch to epoch
+        kd = loss and Objective(loss(), weight=1., task_weight=.1) or tfm is crops and Objective(SoftTarget, weight=0.)
+        set_seed(seed)
+        learn = Learner(self.dls(tfm), resnet18(num_classes=2).to(memory_format=torch.channels_last), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+        cbs = [seconds := Seconds(), avg := Average(), *([KnowledgeDistillationCallback(rec, kd)] if kd else [])]
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n_epoch, 1e-3, cbs=cbs)
+        for i,(spent,acc) in enumerate(seconds.rows): self.add(seed, name, i+1, acc, spent)
+        learn.model = avg.model_avg.module
+        with learn.no_bar(), learn.no_logging(): self.add(seed, f'{name}, average', n_epoch, learn.validate()[1], seconds.spent)
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('folder', type=Path)
+    p.add_argument('--images', type=Path, required=True, help='folder of cats and dogs, named as in PETS')
+    p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
+    p.add_argument('--only', nargs='+', choices=list(methods), default=list(methods), metavar='NAME')
+    args = p.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    e = Experiment(args.folder, args.images)
+    for name in args.only:
+        for seed in args.seeds: e.run(seed, name)
+    t = e.runs.table
+    last = t[t.epoch == t.groupby('method').epoch.transform('max')]
+    print(last.groupby('method', sort=False)[['accuracy','seconds']].agg(['mean','std','count']).to_string(float_format='{:.4f}'.format))
+
+if __name__ == '__main__': main()
