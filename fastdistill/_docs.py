@@ -1,0 +1,60 @@
+"""How the docs site shows a name of the API: its signature, and a table of its parameters. Written by hand; only nbdev reads it"""
+import inspect
+from textwrap import wrap
+from fastcore.docments import ShowDocRenderer, docments
+from nbdev.doclinks import NbdevLookup
+
+width = 88     # characters that fit beside the sidebar
+
+def text_of(x):
+    "A type or a default, in short"
+    if x is inspect.Parameter.empty: return ''
+    return getattr(x, '__name__', None) or repr(x).replace('typing.', '')
+
+def signature_of(name, sym, sig):
+    "The call, broken where it is too long; types and meanings are in the table"
+    params = [] if inherits_init(sym) else sig.parameters.values()
+    def one(p):
+        star = {p.VAR_POSITIONAL:'*', p.VAR_KEYWORD:'**'}.get(p.kind, '')
+        return f'{star}{p.name}' + ('' if p.default is p.empty else f'={text_of(p.default)}')
+    args = ', '.join(one(p) for p in params if p.name != 'self')
+    if len(line := f'{name}({args})') <= width: return line
+    lines = wrap(args, width-4, break_long_words=False, break_on_hyphens=False)
+    return f'{name}(\n' + '\n'.join('    '+l for l in lines) + ')'
+
+def inherits_init(sym):
+    "Is it a class that is made as another package makes its base class, or with nothing?"
+    if not inspect.isclass(sym): return False
+    owner = next(c for c in sym.__mro__ if '__init__' in vars(c))
+    return not owner.__module__.startswith('fastdistill')
+
+def cell(text): return text.replace('|', r'\|').replace('\n', ' ')
+def code(text): return f'`{cell(text)}`' if text else ''
+
+def rows_of(sym, sig):
+    "Name, type, default and meaning of each parameter, and of what comes back if that is explained"
+    found = docments(sym, full=True, returns=True)
+    for name,p in sig.parameters.items():
+        if name == 'self' or name not in found: continue
+        kind,_,meaning = text_of(p.annotation).partition(' <')     # where fastcore's call_parse appends the meaning
+        yield f'`{name}`',code(kind.strip("'")),code(text_of(p.default)),cell(found[name].docment or meaning.rstrip(">'"))
+    d = found.get('return')
+    if d and d.docment and not inspect.isclass(sym): yield '**returns**',code(text_of(d.anno)),'',cell(d.docment)
+
+def table_of(sym, sig):
+    "In Markdown, without columns that would be empty; nothing for a name without explained parameters"
+    rows = [] if inherits_init(sym) else [*rows_of(sym, sig)]
+    if not any(r[3] for r in rows): return ''
+    heads = ['parameter','type','default','meaning']
+    keep = [i for i in range(4) if any(r[i] for r in rows)]
+    def line(cells): return '| ' + ' | '.join(cells[i] for i in keep) + ' |'
+    return '\n'.join([line(heads), line(['---']*4), *map(line, rows)])
+
+class Renderer(ShowDocRenderer):
+    "What `show_doc` shows"
+    def _repr_markdown_(self):
+        source = NbdevLookup().code(self.fn)
+        link = f'[source]({source}){{.source-link target="_blank"}}\n\n' if source else ''
+        sig = signature_of(self.nm, self.sym, self.sig) if self.sig else f'{self.nm}(...)'
+        parts = [f'{"#"*self.title_level} {self.nm}', f'```python\n{sig}\n```', self.docs or '', table_of(self.sym, self.sig) if self.sig else '']
+        return f'---\n\n{link}' + '\n\n'.join(p for p in parts if p)
