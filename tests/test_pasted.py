@@ -40,7 +40,7 @@ def fresh():
     context.set_forkserver_preload(['fastai.vision.all','fastdistill.all'])
     return context
 
-@pytest.mark.slow
+@pytest.mark.pasted
 @pytest.mark.parametrize('page', pages())
 def test_pasted(page, fresh, tmp_path):
     here = tmp_path/'nbs'/Path(page).parent
