@@ -1,4 +1,4 @@
-"""How the docs site shows a name of the API: its signature, and a table of its parameters. Written by hand; only nbdev reads it"""
+"How the docs site shows a name of the API: signature and table of parameters; written by hand, used by nbdev alone"
 import inspect
 from textwrap import wrap
 from fastcore.docments import ShowDocRenderer, docments
@@ -26,7 +26,7 @@ def inherits_init(sym):
     "Is it a class that is made as another package makes its base class, or with nothing?"
     if not inspect.isclass(sym): return False
     owner = next(c for c in sym.__mro__ if '__init__' in vars(c))
-    return owner.__module__.partition('.')[0] in ('fastai','fastcore','torch','builtins')     # nbdev runs ours as `__main__`
+    return owner.__module__.partition('.')[0] in ('fastai','fastcore','torch','builtins')     # ours may be `__main__`
 
 def cell(text): return text.replace('|', r'\|').replace('\n', ' ')
 def code(text): return f'`{cell(text)}`' if text else ''
@@ -37,7 +37,8 @@ def rows_of(sym, sig):
     for name,p in sig.parameters.items():
         if name == 'self' or name not in found: continue
         kind,_,meaning = text_of(p.annotation).partition(' <')     # where fastcore's call_parse appends the meaning
-        yield f'`{name}`',code(kind.strip("'")),code(text_of(p.default)),cell(found[name].docment or meaning.rstrip(">'"))
+        meaning = found[name].docment or meaning.rstrip(">'")
+        yield f'`{name}`',code(kind.strip("'")),code(text_of(p.default)),cell(meaning)
     d = found.get('return')
     if d and d.docment and not inspect.isclass(sym): yield '**returns**',code(text_of(d.anno)),'',cell(d.docment)
 
@@ -56,5 +57,6 @@ class Renderer(ShowDocRenderer):
         source = NbdevLookup().code(self.fn)
         link = f'[source]({source}){{.source-link target="_blank"}}\n\n' if source else ''
         sig = signature_of(self.nm, self.sym, self.sig) if self.sig else f'{self.nm}(...)'
-        parts = [f'{"#"*self.title_level} {self.nm}', f'```python\n{sig}\n```', self.docs or '', table_of(self.sym, self.sig) if self.sig else '']
+        table = table_of(self.sym, self.sig) if self.sig else ''
+        parts = [f'{"#"*self.title_level} {self.nm}', f'```python\n{sig}\n```', self.docs, table]
         return f'---\n\n{link}' + '\n\n'.join(p for p in parts if p)

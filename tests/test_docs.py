@@ -1,0 +1,56 @@
+"How the docs site shows a name: `fastdistill._docs`, and the script that finishes the built pages."
+import runpy
+from pathlib import Path
+import pytest
+pytest.importorskip('nbdev.showdoc')
+from fastdistill._docs import Renderer, signature_of, width
+from fastdistill.all import *
+from fastdistill.cli import fastdistill as command
+from fastdistill.losses.base import Loss
+
+finish = runpy.run_path(str(Path(__file__).parents[1]/'.ci/finish.py'))['finish']
+
+def text(o): return Renderer(o)._repr_markdown_()
+def rows(o): return [[c.strip() for c in l.replace(r'\|', '¦').strip('|').split('|')] for l in text(o).splitlines() if l.startswith('|')]
+
+def f(
+    x, # The first, `a|b`
+    y:'int|str'='a', # The second
+    *args,
+    z=None, # The third
+) -> list: # What comes back
+    "One line"
+
+def test_a_table_of_parameters():
+    assert rows(f) == [['parameter','type','default','meaning'], ['---']*4, ['`x`','','','The first, `a¦b`'], ['`y`','`int ¦ str`',"`'a'`",'The second'],
+                       ['`args`','','',''], ['`z`','','`None`','The third'], ['**returns**','`list`','','What comes back']]
+    assert "f(x, y='a', *args, z=None)" in text(f) and '\n\nOne line\n\n' in text(f)
+
+def test_columns_that_would_be_empty_are_left_out():
+    def g(a): "Nothing to explain"
+    def h(
+        a, # Explained
+    ): "One"
+    assert rows(g) == [] and rows(h)[0] == ['parameter','meaning']
+
+@pytest.mark.parametrize('o', [KnowledgeDistillationCallback, record_teacher, command, find_student, compare])
+def test_signatures_fit_beside_the_sidebar(o):
+    lines = text(o).split('```')[1].splitlines()
+    assert len(lines) > 2 and max(map(len, lines)) <= width and all(r[-1] for r in rows(o))
+
+def test_classes_that_are_made_as_their_base_class_show_no_arguments():
+    assert 'Loss()' in text(Loss) and 'ShowDistillationGraph()' in text(ShowDistillationGraph) and rows(Loss) == []
+
+def test_meanings_that_the_command_keeps_in_its_types():
+    assert rows(command)[2][0] == '`path`' and rows(command)[2][3].startswith('Folder of images')
+    assert 'str <' not in text(command)
+
+def test_pages_load_nothing_from_other_hosts():
+    page = '<head><script src="https://cdnjs.cloudflare.com/x.js" integrity="a"></script><script src="site_libs/y.js"></script></head>'
+    assert finish(page) == '<head><script src="site_libs/y.js"></script></head>'
+
+def test_pictures_are_described_by_their_captions():
+    page = '<figure class="f"><p><img src="a.png" class="c"></p><figcaption>A &amp; <em>b</em></figcaption></figure>'
+    assert '<img alt="A &amp; b" src="a.png"' in finish(page) and finish(finish(page)) == finish(page)
+    kept = '<figure><img src="a.png" alt="mine"><figcaption>other</figcaption></figure>'
+    assert finish(kept) == kept
