@@ -44,15 +44,17 @@ class Event:
     def synchronize(self): pass
 
 class HostReads(TorchDispatchMode):
-    "Count what the host reads from the GPU; each number is 0"
+    "Count how often the host reads from the GPU, or waits while it writes to it; each number that is read is 0"
     def __init__(self):
         super().__init__()
         self.n = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name,kwargs = func.overloadpacket.__name__,kwargs or {}
-        to_cpu = name == '_to_copy' and torch.device(kwargs.get('device') or 'cuda').type == 'cpu'
-        self.n += (name == '_local_scalar_dense' or to_cpu) and args[0].device.type == 'cuda'
+        if name == '_local_scalar_dense': self.n += args[0].device.type == 'cuda'
+        if name == '_to_copy':
+            ends = args[0].device.type,torch.device(kwargs.get('device') or args[0].device).type
+            self.n += ends == ('cuda','cpu') or ends == ('cpu','cuda') and not kwargs.get('non_blocking')
         if name != '_local_scalar_dense': return func(*args, **kwargs)
         return False if args[0].dtype == torch.bool else 0. if args[0].is_floating_point() else 0
 
@@ -221,7 +223,7 @@ class Reads(Callback):
 
 def reads(cbs=None, to=None):
     "After the first batch of a fit, which has a closer look"
-    items = [(torch.randn(2,8,8),i%3) for i in range(24)]
+    items = [(torch.randn(2,8,8),i%3) for i in range(16)]
     dls = DataLoaders(*[TfmdDL(items, bs=8, shuffle=s, num_workers=0, device=cuda) for s in (True,False)], device=cuda)
     with cuda: learn = FakeLearner(dls, net(), loss_func=nn.CrossEntropyLoss(), cbs=cbs)
     if to: getattr(learn, to)()
