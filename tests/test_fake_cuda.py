@@ -47,14 +47,15 @@ class HostReads(TorchDispatchMode):
     "Count how often the host reads from the GPU, or waits while it writes to it; each number that is read is 0"
     def __init__(self):
         super().__init__()
-        self.n = 0
+        self.reads = self.writes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name,kwargs = func.overloadpacket.__name__,kwargs or {}
-        if name == '_local_scalar_dense': self.n += args[0].device.type == 'cuda'
+        if name == '_local_scalar_dense': self.reads += args[0].device.type == 'cuda'
         if name == '_to_copy':
             ends = args[0].device.type,torch.device(kwargs.get('device') or args[0].device).type
-            self.n += ends == ('cuda','cpu') or ends == ('cpu','cuda') and not kwargs.get('non_blocking')
+            self.reads += ends == ('cuda','cpu')
+            self.writes += ends == ('cpu','cuda') and not kwargs.get('non_blocking')
         if name != '_local_scalar_dense': return func(*args, **kwargs)
         return False if args[0].dtype == torch.bool else 0. if args[0].is_floating_point() else 0
 
@@ -151,7 +152,7 @@ def test_a_loss(gpu, loss, kind, dtype):
         with HostReads() as once: built = m.build(s, t, 20)
         value = m(s, t, *targ, items=items, losses=built)
     assert value.device.type == 'cuda' and value.dtype == torch.float32 and value.ndim == 0
-    assert once.n == (isinstance(loss, FitNet) and kind == 4)     # which looks whether the teacher's features come from a ReLU
+    assert once.reads == (isinstance(loss, FitNet) and kind == 4)     # which looks whether the teacher's features come from a ReLU
     assert all(x.device.type == 'cuda' for x in built.state_dict().values())
     backward(value)
     for p in [*leaves, *built.parameters()]: assert p.grad.device.type == 'cuda' and p.grad.shape == p.shape and p.grad.dtype == torch.float32
@@ -214,12 +215,13 @@ class FakeLearner(QuietLearner):
     def _backward(self): backward(self.loss_grad)
 
 class Reads(Callback):
-    "How often the host reads in each training batch"
+    "How often the host reads or writes in each training batch"
     order = -100
     def __init__(self, mode): self.mode,self.found = mode,[]
-    def before_batch(self): self.start = self.mode.n
+    def n(self): return self.mode.reads + self.mode.writes
+    def before_batch(self): self.start = self.n()
     def after_batch(self):
-        if self.training: self.found.append(self.mode.n - self.start)
+        if self.training: self.found.append(self.n() - self.start)
 
 def reads(cbs=None, to=None):
     "After the first batch of a fit, which has a closer look"
