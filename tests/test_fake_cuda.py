@@ -139,12 +139,11 @@ def inputs(loss, kind, dtype=torch.float32):
 def of_fit(loss): return registered_losses.get(type(loss).__name__, type(loss)) if type(loss).__name__ in ('CRD','ReviewKD') else loss
 losses = [of_fit(loss) for loss in every]     # without the wrappers that let a loss be called with a pair
 losses = [loss() if isinstance(loss, type) else loss for loss in losses]
-cases = [pytest.param(loss, k, id=f'{loss}-{k}d') for loss in losses for k in kinds(loss)]
+def case(loss, kind, *more): return pytest.param(loss, kind, *more, id=f'{loss}-{kind}d' + ''.join(f'-{o}' for o in more))
 
 def test_all_losses_are_here(): assert {*registered_losses} <= {type(loss).__name__ for loss in losses}
 
-@pytest.mark.parametrize('dtype', precisions, ids=str)
-@pytest.mark.parametrize('loss,kind', cases)
+@pytest.mark.parametrize('loss,kind,dtype', [case(loss, k, d) for loss in losses for k in kinds(loss) for d in precisions if k == max(kinds(loss)) or d == torch.float16])
 def test_a_loss(gpu, loss, kind, dtype):
     "Forward and backward; what reads a number is an error"
     m,leaves,s,t,targ,items = inputs(loss, kind, dtype)
@@ -157,7 +156,7 @@ def test_a_loss(gpu, loss, kind, dtype):
     backward(value)
     for p in [*leaves, *built.parameters()]: assert p.grad.device.type == 'cuda' and p.grad.shape == p.shape and p.grad.dtype == torch.float32
 
-@pytest.mark.parametrize('loss,kind', cases)
+@pytest.mark.parametrize('loss,kind', [case(loss, max(kinds(loss))) for loss in losses])
 def test_a_teacher_on_the_cpu_is_found(gpu, loss, kind):
     m,_,s,t,targ,items = inputs(loss, kind)
     with HostReads(): built = m.build(s, t, 20)
@@ -234,9 +233,9 @@ def reads(cbs=None, to=None):
     return count.found[1:]
 
 def all_kinds():
-    "Predictions, labels, layers, projectors, a memory of items, several layers at once, a second teacher"
-    return [SoftTarget, DecoupledKD, Match(Attention, ['0','1'], ['0','1']), Match(FitNet, '0', '0'), Match(VID, '1', '1'),
-            Match(CRD(20, dim=4), '1', '1'), Match(ReviewKD, ['0','1'], ['0','1']), Match(Similarity, '1', '1', teacher=net(6))]
+    "Predictions, labels, layers, a projector, a memory of items, a second teacher"
+    return [SoftTarget, DecoupledKD, Match(Attention, ['0','1'], ['0','1']), Match(FitNet, '0', '0'),
+            Match(CRD(20, dim=4), '1', '1'), Match(Similarity, '1', '1', teacher=net(6))]
 
 @pytest.mark.parametrize('to', [None,'to_fp16','to_bf16'])
 def test_a_fit(gpu, to):
@@ -247,7 +246,7 @@ def test_a_fit(gpu, to):
     kd = KnowledgeDistillationCallback(net(8), all_kinds())
     alone = reads(to=to)
     assert reads(kd, to) == [n+1 for n in alone]
-    assert len(kd.trained.params) > 10 and all(p.device.type == p.grad.device.type == 'cuda' for p in kd.trained.params)
+    assert len(kd.trained.params) > 4 and all(p.device.type == p.grad.device.type == 'cuda' for p in kd.trained.params)
     assert {p.device.type for p in kd.teacher.model.parameters()} == {'cpu'}     # where it came from
 
 teachers_of_fits = dict(ema=lambda: EMATeacher(0.9), ensemble=lambda: [net(8),net(6)], layout=lambda: Teacher(net(8), dtype=torch.bfloat16, channels_last=True))
