@@ -2,10 +2,9 @@
 
 A tensor that was left on the CPU is an error here, and so is a number that the host reads, which would wait for a GPU. What has no counterpart without
 numbers has a stand-in: `Module.to` gives a module new parameters, a backward pass is a walk from node to node, as PyTorch's engine asks the
-driver for its streams, and in a fit `HostReads` answers each read with 0 and counts it. `tests/test_gpu.py` has what needs a real GPU.
+driver for its streams, and in a fit `HostReads` answers each read with 0 and counts it. What this mode cannot do is `Teacher(model, fast=True)`, which
+measures times, a recording, which compares its inputs on the host, and values. `tests/test_gpu.py` has what needs a real GPU.
 """
-from collections import Counter
-from contextlib import nullcontext
 import pytest, torch
 import fastai.callback.all     # gives Learner its to_fp16 and the like
 from fastai.basics import Callback, DataLoaders, TfmdDL
@@ -14,12 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import QuietLearner, n_hooks, net
 from fastdistill.all import *
 from fastdistill.losses.base import loss_needs, registered_losses
-from fastdistill.objective import Objective
 from loss_cases import every, is_on_logits, is_on_values, kinds
 
 fake = pytest.importorskip('torch._subclasses.fake_tensor', reason='this PyTorch has no FakeTensorMode')
 pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason='a PyTorch for CPUs alone has no gradients of CUDA tensors')
-cuda,ten = torch.device('cuda'),10
+cuda = torch.device('cuda')
 precisions = [torch.float32,torch.float16,torch.bfloat16]
 
 # --- stand-ins ---
