@@ -26,7 +26,7 @@ part() {   # name, limit in seconds, command
     local name=$1 limit=$2 start=$SECONDS status=0 result=passed
     shift 2
     say '' "## $name" '' '```' "$*"
-    timeout -k 10 "$limit" "$@" 2>&1 | tee -a "$report" || status=$?
+    timeout -k 10 "$limit" "$@" 2>&1 | sed -u 's/.*\r//' | tee -a "$report" || status=$?
     [ $status -eq 0 ] || { result="FAILED, status $status"; failed=1; }
     [ $status -ne 124 ] && [ $status -ne 137 ] || result="FAILED, longer than $limit s"
     grep -q MISSED <(sed -n "/^## $name\$/,\$p" "$report") && { result='FAILED, a limit was missed'; failed=1; }
@@ -46,8 +46,8 @@ if [ "$device" = cpu ]; then
     part 'Tests' 200 python -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_fake_cuda.py -k 'not test_a_loss and not test_a_fit'
     part 'A step, fp32' 200 "${step[@]}" --teacher resnet18 --size 32 --batch 4 --rounds 2 --only 'SoftTarget, recorded'
     part 'EMATeacher' 200 "${step[@]}" --teacher resnet18 --size 32 --batch 4 --rounds 2 --only EMA
-    part 'Small networks' 100 "${step[@]}" --small
-    part 'The command' 100 python -m fastdistill --epochs 1 --seeds 1 --out "$out/demo"
+    part 'Small networks' 300 "${step[@]}" --small
+    part 'The command' 300 python -m fastdistill --epochs 1 --seeds 1 --out "$out/demo"
     [ -z "$zip" ] || part 'CIFAR-100' 300 "${cifar[@]}" --epochs 1
 else
     part 'Tests' 240 python -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_fake_cuda.py
