@@ -46,7 +46,7 @@ if [ "$device" = cpu ]; then
     part 'Tests' 200 python -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_fake_cuda.py -k 'not test_a_loss and not test_a_fit'
     part 'A step, fp32' 200 "${step[@]}" --teacher resnet18 --size 32 --batch 4 --rounds 2 --only 'SoftTarget, recorded'
     part 'EMATeacher' 200 "${step[@]}" --teacher resnet18 --size 32 --batch 4 --rounds 2 --only EMA
-    part 'Small networks' 300 "${step[@]}" --small
+    part 'Small networks' 300 "${step[@]}" --small --rounds 20
     part 'The command' 300 python -m fastdistill --epochs 1 --seeds 1 --out "$out/demo"
     [ -z "$zip" ] || part 'CIFAR-100' 300 "${cifar[@]}" --epochs 1
 else

@@ -42,13 +42,14 @@ def parse():
     p.add_argument('--classes', type=int, default=10)
     p.add_argument('--device', default='cpu')
     p.add_argument('--precision', default='fp32', choices=['fp32','fp16','bf16'], help='fp16 and bf16: mixed, on a GPU')
-    p.add_argument('--rounds', type=int, default=20)
+    p.add_argument('--rounds', type=int, help='20, or 400 with --small')
     p.add_argument('--peers', action='store_true', help='time fasterai too')
     p.add_argument('--only', default='', help='rows whose names contain this, beside student and teacher alone')
     p.add_argument('--small', action='store_true', help='networks of the digits, batch 50, in float32; on a CPU one thread')
     p.add_argument('--memory_of', help=argparse.SUPPRESS)
     p.add_argument('--recording', help=argparse.SUPPRESS)
     args = p.parse_args()
+    args.rounds = args.rounds or (400 if args.small else 20)
     if args.precision != 'fp32' and args.device == 'cpu': p.error("fastai's mixed precision needs a GPU")
     return args
 
@@ -150,7 +151,7 @@ def small(args):
         torch.manual_seed(0)
         return Learner(digits_dls(1000, bs=50).to(args.device), digits_cnn(4).to(args.device), loss_func=CrossEntropyLossFlat(), cbs=cb)
     step = {name:started(learner(cb())) for name,cb in rows.items()}
-    times = time_rounds(step, max(400, args.rounds), args.device)
+    times = time_rounds(step, args.rounds, args.device)
     ratio = times.div(times['written by hand'], axis=0)
     low,high = ratio.quantile(.25),ratio.quantile(.75)
     print(f'1,702 parameters beside a teacher of 94,186, 8 px, batch 50, fp32, {machine(args.device)}; medians of {len(times)} rounds, ratios taken within a round, with their middle half')
