@@ -6,9 +6,12 @@
     python benchmarks/step_cost.py --peers                             # with fasterai's callback beside (pip install fasterai)
     python benchmarks/step_cost.py --small                             # a student of 1,702 parameters, one thread, beside a loop written by hand
     python benchmarks/step_cost.py --device cuda --precision bf16 --teacher resnet50 --size 224
+    python benchmarks/step_cost.py --small --device cuda               # where launching the operations takes the time
 
 Each round times one batch of every row, in rotating order, inside fastai's own training loop; a ratio is taken within its round.
 Peak memory of a row is what it adds to the resident memory of a fresh process (on Linux; on a GPU: the peak of allocated memory).
+On a GPU the tables also show how often the host waits for it in a step, as PyTorch tells (`torch.cuda.set_sync_debug_mode`, which leaves out
+events), and the ratios that we want to keep.
 """
 import argparse, io, subprocess, sys, tempfile
 from contextlib import redirect_stdout
@@ -22,10 +25,13 @@ from fastai.data.load import DataLoader
 from torchvision import models
 from fastdistill.digits import digits_cnn, digits_dls
 from fastdistill.all import Attention, EMATeacher, KnowledgeDistillationCallback, Match, SoftTarget, Teacher, TeacherRecording, record_teacher
-from timing import machine, peak_mb, time_rounds
+from timing import machine, peak_mb, time_rounds, waits
 
 layers = [f'layer{i}' for i in range(1,5)]
 alone = 'student alone','teacher forward alone'     # the floor
+to_floor,to_student = 'ratio to floor','ratio to student alone'
+limits = {'SoftTarget':(1.03,to_floor), 'Attention, 4 layers':(1.06,to_floor), 'SoftTarget, fast teacher':(.9,to_floor),
+          'Attention, 4 layers, fast teacher':(.9,to_floor), 'SoftTarget, recorded teacher':(1.03,to_student), 'Attention, 4 layers, recorded teacher':(1.03,to_student)}
 
 def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -36,13 +42,14 @@ def parse():
     p.add_argument('--classes', type=int, default=10)
     p.add_argument('--device', default='cpu')
     p.add_argument('--precision', default='fp32', choices=['fp32','fp16','bf16'], help='fp16 and bf16: mixed, on a GPU')
-    p.add_argument('--rounds', type=int, default=20)
+    p.add_argument('--rounds', type=int, help='20, or 400 with --small')
     p.add_argument('--peers', action='store_true', help='time fasterai too')
     p.add_argument('--only', default='', help='rows whose names contain this, beside student and teacher alone')
-    p.add_argument('--small', action='store_true', help='networks of the digits, batch 50, one thread')
+    p.add_argument('--small', action='store_true', help='networks of the digits, batch 50, in float32; on a CPU one thread')
     p.add_argument('--memory_of', help=argparse.SUPPRESS)
     p.add_argument('--recording', help=argparse.SUPPRESS)
     args = p.parse_args()
+    args.rounds = args.rounds or (400 if args.small else 20)
     if args.precision != 'fp32' and args.device == 'cpu': p.error("fastai's mixed precision needs a GPU")
     return args
 
@@ -132,22 +139,25 @@ class ByHand(Callback):
 
 def small(args):
     "Networks so small that the cost is that of the calls, not of the numbers"
-    torch.set_num_threads(1)
+    if args.device == 'cpu': torch.set_num_threads(1)
     stages,weights = ['0','1','2'],digits_cnn(32).state_dict()
     def teacher():
         model = digits_cnn(32)
         model.load_state_dict(weights)
-        return model
+        return model.to(args.device)
     rows = {'student alone': lambda: None, 'written by hand': lambda: ByHand(teacher()), 'SoftTarget': lambda: KnowledgeDistillationCallback(teacher(), SoftTarget),
             'Attention, 3 layers': lambda: KnowledgeDistillationCallback(teacher(), Attention, stages, stages)}
     def learner(cb):
         torch.manual_seed(0)
-        return Learner(digits_dls(1000, bs=50), digits_cnn(4), loss_func=CrossEntropyLossFlat(), cbs=cb)
-    times = time_rounds({name:started(learner(cb())) for name,cb in rows.items()}, max(400, args.rounds), 'cpu')
+        return Learner(digits_dls(1000, bs=50).to(args.device), digits_cnn(4).to(args.device), loss_func=CrossEntropyLossFlat(), cbs=cb)
+    step = {name:started(learner(cb())) for name,cb in rows.items()}
+    times = time_rounds(step, args.rounds, args.device)
     ratio = times.div(times['written by hand'], axis=0)
     low,high = ratio.quantile(.25),ratio.quantile(.75)
-    print(f'1,702 parameters beside a teacher of 94,186, 8 px, batch 50, fp32, {machine("cpu")}; medians of {len(times)} rounds, ratios taken within a round, with their middle half')
-    print(pd.DataFrame({'ms': 1e3*times.median(), 'ratio to by hand': ratio.median(), 'from': low, 'to': high}).to_string(float_format='{:.3f}'.format))
+    print(f'1,702 parameters beside a teacher of 94,186, 8 px, batch 50, fp32, {machine(args.device)}; medians of {len(times)} rounds, ratios taken within a round, with their middle half')
+    table = pd.DataFrame({'ms': 1e3*times.median(), 'ratio to by hand': ratio.median(), 'from': low, 'to': high})
+    if args.device != 'cpu': table['waits'] = {name:waits(f) for name,f in step.items()}
+    print(table.to_string(float_format='{:.3f}'.format))
 
 def main():
     args = parse()
@@ -159,17 +169,26 @@ def main():
         with redirect_stdout(io.StringIO()): record_teacher(make_teacher(args), make_dls(args, batch), args.recording, loss=[Match(SoftTarget), Match(Attention, layers, layers)])
         compare(args, batch)
 
+def add_waits_and_limits(table, rows):
+    "How often the host waits in a step, what we want a ratio to be at most, and whether it is"
+    table['waits'] = {name:waits(f) for name,f in rows.items()}
+    for name,(most,of) in limits.items():
+        if name in table.index: table.loc[name,'at most'] = f'{most:.2f} of {of.removeprefix("ratio to ")}: {"kept" if table.loc[name,of] <= most else "MISSED"}'
+    table.fillna('', inplace=True)
+
 def compare(args, batch):
     "Time all rows, then look at the memory of each"
-    times = time_rounds(steps(args, batch), args.rounds, args.device)
+    rows = steps(args, batch)
+    times = time_rounds(rows, args.rounds, args.device)
     floor = sum(times[name] for name in alone)
     ratio = times.div(floor, axis=0)
-    table = pd.DataFrame({'ms': 1e3*times.median(), 'ratio to floor': ratio.median(), 'min': ratio.min(), 'max': ratio.max()})
-    table['ratio to student alone'] = times.div(times['student alone'], axis=0).median()
+    table = pd.DataFrame({'ms': 1e3*times.median(), to_floor: ratio.median(), 'min': ratio.min(), 'max': ratio.max()})
+    table[to_student] = times.div(times['student alone'], axis=0).median()
     for name in times:
         out = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--recording', args.recording, '--memory_of', name], capture_output=True, text=True, check=True)
         table.loc[name,'peak MB'] = float(out.stdout.split('MB ')[-1])
     table['ratio to peak of alone + alone'] = table['peak MB'] / table['peak MB'][list(alone)].sum()
+    if args.device != 'cpu': add_waits_and_limits(table, rows)
     print(f'{args.teacher} -> {args.student}, {args.size} px, batch {args.batch}, {args.precision}, {machine(args.device)}; '
           f'medians of {args.rounds} rounds, min and max of the ratio over rounds')
     print(table.to_string(float_format='{:.3f}'.format))

@@ -8,7 +8,6 @@ __all__ = ['EMATeacher']
 # %% ../nbs/ema.ipynb #fe2b9d5b
 import warnings, weakref
 from copy import copy, deepcopy
-from functools import partial
 from itertools import chain
 from numbers import Real
 import torch
@@ -19,14 +18,11 @@ from .in_use import end_use
 from .layers import unwrap_model
 from .teacher import Teacher
 from torch import nn, Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # %% ../nbs/ema.ipynb #9041245a
-def _average(decay, averages, tensors, n):
-    "Whole numbers and Booleans have no average"
-    floating = averages[0].is_floating_point() or averages[0].is_complex()
-    if floating: get_ema_multi_avg_fn(decay)(averages, tensors, n)
-    else: torch._foreach_copy_(averages, tensors)
+def _tensors(model): return [t.detach() for t in chain(model.parameters(), model.buffers())]
+
+def _has_average(t): return t.is_floating_point() or t.is_complex()
 
 def _copy(student, learn):
     "A copy of the network alone"
@@ -37,7 +33,7 @@ def _copy(student, learn):
         raise ValueError(f'Expected a student that can be copied, as the average starts as a copy of it, but '
                          f'`deepcopy` of {type(student).__name__} raises {type(e).__name__}: {e}') from e
 
-def _shapes(model): return [t.shape for t in chain(model.parameters(), model.buffers())]
+def _shapes(model): return [t.shape for t in _tensors(model)]
 
 def _same_buffers(average, student):
     "Buffers come and go while weights are made sparse, with a mask for each"
@@ -47,15 +43,21 @@ def _same_buffers(average, student):
             a.register_buffer(k, s._buffers[k].clone(), persistent=False)
 
 # %% ../nbs/ema.ipynb #6968d66c
-class StudentAverage(AveragedModel):
+class StudentAverage:
     "The moving average of one student's weights and buffers"
     def __init__(self, student, learn, decay):
-        super().__init__(nn.Module(), multi_avg_fn=partial(_average, decay), use_buffers=True)
         self.module,self.student = _copy(student, learn).eval(),weakref.ref(student)
-        self.n_averaged += 1     # the copy counts: at 0 the first update would be another one
+        self.decay,self.steps = decay,0
 
-    @property
-    def steps(self): return self.n_averaged.item()-1
+    @torch.no_grad()
+    def follow(self, student):
+        "Move towards the student, in a few operations for all tensors"
+        pairs = [(a, s.to(a.device)) for a,s in zip(_tensors(self.module), _tensors(student))]
+        def group(has): return [list(o) for o in zip(*(p for p in pairs if _has_average(p[0]) == has))]
+        averaged,copied = group(True),group(False)
+        if averaged: torch._foreach_lerp_(*averaged, 1-self.decay)
+        if copied: torch._foreach_copy_(*copied)
+        self.steps += 1
 
     def belongs_to(self, student): return self.student() is student
 
@@ -71,7 +73,7 @@ class StudentAverage(AveragedModel):
         except RuntimeError as e:
             raise ValueError('Expected the saved average of a student like this one, but got that of another: '
                              f'{e}') from None
-        self.n_averaged.fill_(state['steps']+1)
+        self.steps = state['steps']
 
 # %% ../nbs/ema.ipynb #c48bb4da
 class NoNetworkYet(nn.Module):
@@ -164,7 +166,7 @@ def after_step(self:EMATeacher,
     if not average.fits(student):
         raise ValueError(f'Expected the student to keep the shapes of its weights and buffers in an epoch, as {self} '
                          'averages them. Prune between two epochs or fits: the average then starts anew.')
-    average.update_parameters(student)
+    average.follow(student)
 
 # %% ../nbs/ema.ipynb #39706d01
 @patch

@@ -25,6 +25,12 @@ def test_pyproject_agrees_with_settings(cfg):
     assert proj['project']['urls'] == dict(Repository=cfg['git_url'], Documentation=cfg['doc_host']+cfg['doc_baseurl'])
     assert proj['tool']['nbdev']['title'] == cfg['title']
 
+def test_without_a_gpu_its_report_is_not_begun(tmp_path):
+    import torch
+    if torch.cuda.is_available(): pytest.skip('there is a GPU')
+    done = subprocess.run(['bash',str(root/'benchmarks/gpu.sh'),str(tmp_path/'out')], capture_output=True, text=True)
+    assert done.returncode == 2 and 'PyTorch finds no GPU' in done.stderr and not (tmp_path/'out/report.md').exists()
+
 def test_installed_package(cfg):
     import fastdistill
     assert fastdistill.__version__ == version('fastdistill') == cfg['version']
