@@ -33,7 +33,7 @@ def test_columns_that_would_be_empty_are_left_out():
     ): "One"
     assert rows(g) == [] and rows(h)[0] == ['parameter','meaning']
 
-@pytest.mark.parametrize('o', [KnowledgeDistillationCallback, record_teacher, command, find_student, compare])
+@pytest.mark.parametrize('o', [KnowledgeDistillationCallback, record_teacher, command, find_student])
 def test_signatures_fit_beside_the_sidebar(o):
     lines = text(o).split('```')[1].splitlines()
     assert len(lines) > 2 and max(map(len, lines)) <= width and all(r[-1] for r in rows(o))
