@@ -42,7 +42,7 @@ class Transfer:
 
 # %% ../nbs/history.ipynb #47607bff
 class Column(ValueMetric):
-    "A column of the table; a learner that is exported in the middle of a fit keeps it without values"
+    "A column of the table. If a learner is exported during a fit, its columns lose their values"
     def __reduce__(self): return ValueMetric,(noop,self.metric_name)
 
 # %% ../nbs/history.ipynb #44288d98

@@ -152,7 +152,7 @@ class FeatureHooks(Hooks):
     reduced = False     # these are features, not what a loss needs of them
     def __init__(self,
         model:nn.Module, # Any model, wrapped or not
-        names:list, # Names of layers, in any order, repeated or not; an unknown one raises `KeyError`
+        names:list, # Names of layers in any order, may repeat; an unknown one raises `KeyError`
         role:str='', # Name of the model for messages, such as 'student'
         with_graph:bool=False, # Raise an error if a layer ran without gradients?
     ):

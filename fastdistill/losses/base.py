@@ -82,7 +82,7 @@ def _depth(loss, name):
     return next((i for i,o in enumerate(places) if name in getattr(o, '__dict__', {})), len(places))
 
 class LossNeeds:
-    "The attributes of `Loss`, and `T` and `standardize`, as `loss` has them now"
+    "The current values of the attributes of `Loss`, and of `T` and `standardize`"
     _defaults = {k:getattr(Loss, k) for k in Loss.__annotations__} | dict(T=None, standardize=False)
     def __init__(self,
         loss, # An instance of a loss, or a function
@@ -97,12 +97,12 @@ class LossNeeds:
 
     @property
     def builds(self) -> bool:
-        "Does the loss make what it trains, with a method `build(student, teacher)`?"
+        "Has the loss a method `build(student, teacher)`, which makes what it trains?"
         return isinstance(self.loss, nn.Module) and hasattr(self.loss, 'build')
 
     @property
     def reduction(self) -> str|None:
-        "Name of what a recording keeps of the teacher's feature; `None`: the feature itself"
+        "Name of what a recording keeps instead of the teacher's feature; `None`: it keeps the feature"
         if not hasattr(self.loss, 'reduce_teacher'): return None
         # a subclass that reduces in another way has not inherited the name
         named = _depth(self.loss, 'reduced_to') <= _depth(self.loss, 'reduce_teacher')
@@ -129,7 +129,7 @@ def loss_needs(
 def as_loss(
     loss, # A class, a `partial`, an instance or a function
 ): # What to call
-    "An instance of `loss` if it is a class; raises `TypeError` for what cannot be called as a loss"
+    "An instance of `loss` if it is a class; raises `TypeError` if it cannot be called as a loss"
     cls = loss.func if isinstance(loss, partial) else loss
     if isinstance(cls, type): loss = loss()
     if not callable(loss): raise TypeError(f'Expected a callable loss, `loss(student, teacher)`, but got {loss!r}')
@@ -225,11 +225,11 @@ class FeatureLoss(Loss, registered=False):
         check_items(student, self.least_items)
 
     def forward_reduced(self, fm_student, reduced, *targ):
-        "The loss, with what `reduce_teacher` has returned in the place of the teacher's feature"
+        "The loss, with the result of `reduce_teacher` instead of the teacher's feature"
         return self(fm_student, reduced, *targ)
 
     def aligned(self, student, teacher):
-        "Both with one height, width and dtype; raises `ValueError` where this loss cannot compare them"
+        "Both with the same height, width and dtype; raises `ValueError` if this loss cannot compare them"
         self.check(student, teacher)
         s,t = same_positions(student, teacher)
         check_positions(s, self.least_positions)

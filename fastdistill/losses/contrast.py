@@ -36,7 +36,7 @@ class CRD(VectorLoss):
         fm_teacher:Tensor, # Teacher's features, of the same kind
         items:Tensor, # Number of each item in the training set, (B,)
     ) -> Tensor: # Scalar: summed over the negatives, averaged over the batch
-        "Raises `ValueError` for different kinds of features, other numbers, and where nothing was built"
+        "Raises `ValueError` for different kinds of features, wrong `items`, or if `build` has not run"
         self.check(fm_student, fm_teacher)
         return self.forward_reduced(fm_student, mean_over_positions(fm_teacher), items)
 
@@ -82,7 +82,7 @@ def embed(self:CRD,
     student:Tensor, # Student's vectors, (B, C)
     teacher:Tensor, # Teacher's vectors, (B, C')
 ) -> tuple: # Two of shape (B, dim)
-    "Both in the space where they are compared, with length 1; raises `ValueError` where nothing was built"
+    "Both as vectors of length 1 in one space; raises `ValueError` if `build` has not run"
     if self.embed_student is None:
         raise ValueError('Expected a loss with embeddings and memories: `build(student, teacher, n_items)` makes them')
     self.check(student, teacher)
@@ -91,12 +91,12 @@ def embed(self:CRD,
 @patch
 def nce(self:CRD,
     x:Tensor, # Vectors of one network, (B, dim)
-    memory:Tensor, # Those of the other, of all items, (n, dim)
-    items:Tensor, # Which items the vectors are of, (B,)
-    drawn:Tensor, # Which items are the negatives, (K,)
+    memory:Tensor, # Vectors of the other network, of all items, (n, dim)
+    items:Tensor, # Numbers of the items that the vectors belong to, (B,)
+    drawn:Tensor, # Numbers of the items that are the negatives, (K,)
     log_z:Tensor, # Logarithm of the constant Z
 ) -> Tensor: # Scalar
-    "How badly each vector is told from the negatives; an item is no negative of its own"
+    "The loss of one side: finds each item among the negatives; an item is not its own negative"
     def log_odds(dot): return dot/self.tau - log_z - math.log(len(drawn)/len(memory))   # log of h n / K
     same = F.logsigmoid(log_odds((x * memory[items]).sum(1)))
     other = F.logsigmoid(-log_odds(x @ memory[drawn].T)) * (drawn != items[:,None])
@@ -105,7 +105,7 @@ def nce(self:CRD,
 @patch
 @torch.no_grad()
 def remember(self:CRD,
-    items:Tensor, # Which items the vectors are of, (B,)
+    items:Tensor, # Numbers of the items that the vectors belong to, (B,)
     student:Tensor, # Student's vectors, (B, dim)
     teacher:Tensor, # Teacher's vectors, (B, dim)
 ):
@@ -128,7 +128,7 @@ def _check_numbers(self:CRD, items, n):
 def exchange(self:CRD,
     group, # A process group
 ):
-    "Take over what all processes of `group` have remembered since the last call"
+    "Copy into the memories what all processes of `group` have remembered since the last call"
     mine,memories = self.changed.nonzero()[:,0],(self.memory_student,self.memory_teacher)
     found = [None]*distributed.get_world_size(group)
     distributed.all_gather_object(found, [x.cpu() for x in (mine, *(m[mine] for m in memories))], group=group)

@@ -72,7 +72,7 @@ class ReviewKD(FeatureLoss):
         fms_student:list, # Student's feature maps
         fms_teacher:list, # Teacher's feature maps
     ):
-        "Raise `ValueError` unless these are as many feature maps of the same batch"
+        "Raise `ValueError` unless there are as many feature maps of the same batch in both"
         if not len(fms_student) == len(fms_teacher) > 0:
             raise ValueError('Expected a stage of the student for each stage of the teacher, '
                              f'but got {len(fms_student)} and {len(fms_teacher)}')
@@ -94,7 +94,7 @@ class ReviewKD(FeatureLoss):
         fms_student:list, # Student's feature maps, (B, C, H, W) each, from the first stage to the deepest
         fms_teacher:list, # Teacher's feature maps, (B, C', H', W') each, in the same order
     ) -> Tensor: # Scalar: averaged over everything in a stage, summed over stages
-        "Raises `ValueError` unless these are as many feature maps of one batch, and where nothing was built"
+        "Raises `ValueError` unless there are as many feature maps of one batch in both, or if `build` has not run"
         self.check_stages(fms_student, fms_teacher)
         if self.fusions is None: raise ValueError('Expected a loss with fusions: `build(student, teacher)` makes them')
         deeper,losses = None,[]

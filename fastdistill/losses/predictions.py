@@ -49,7 +49,7 @@ class Logits(Loss):
     def forward(self,
         student:Tensor, # Student's logits or values, of any shape
         teacher:Tensor, # Teacher's, same shape
-    ) -> Tensor: # Scalar: averaged over all of them
+    ) -> Tensor: # Scalar: averaged over all logits
         "Raises `ValueError` for different shapes"
         if student.shape != teacher.shape:
             raise ValueError(f'Expected logits of one shape, but got {shapes(student, teacher)}')
@@ -76,7 +76,7 @@ class HardTarget(Loss):
 
 # %% ../../nbs/losses/predictions.ipynb #29154b77
 def _class_labels(y, n, dtype):
-    "The class of each item and its share of the mean, 0 for -100. A wrong label raises, or on a GPU gives NaN"
+    "The class of each item and its share of the mean, 0 for -100. A wrong label raises an error; on a GPU: NaN"
     label,used = y.clamp(0, n-1),y != -100
     wrong = used & (label != y)
     if y.device.type == 'cpu' and wrong.numpy().any():   # to look at labels on a GPU would wait for it
@@ -126,7 +126,7 @@ class DecoupledKD(Loss):
         teacher:Tensor, # Teacher's logits, same shape
         targ:Tensor, # Integer labels, (B,) or (B, ...), or probabilities of the shape of the logits
     ) -> Tensor: # Scalar: averaged over items
-        "Raises `ValueError` where shapes do not fit, for a label that is no class and for too few classes"
+        "Raises `ValueError` if shapes do not fit, a label is not a class, or there are too few classes"
         if self.standardize:
             check_logits(student, teacher, self.axis, least=3)
             student,teacher = (zscore(x, self.axis) for x in (student,teacher))
@@ -160,7 +160,7 @@ class NormalizedKD(Loss):
         teacher:Tensor, # Teacher's logits, same shape
         targ:Tensor, # Integer labels, (B,) or (B, ...), or probabilities of the shape of the logits
     ) -> Tensor: # Scalar: averaged over items
-        "Raises `ValueError` where shapes do not fit, for a label that is no class and for fewer than 2 classes"
+        "Raises `ValueError` if shapes do not fit, a label is not a class, or there are fewer than 2 classes"
         s,t,label,share = _labelled_rows(student, teacher, targ, self.axis)
         of_label = F.softmax(t, 1).gather(1, label) * F.log_softmax(s, 1).gather(1, label)
         s,t = (_others(x, label)/self.T for x in (s,t))
@@ -228,7 +228,7 @@ class MultiLabelSoftTarget(Loss):
 
 # %% ../../nbs/losses/predictions.ipynb #4f3b93b3
 class TeacherBounded(Loss):
-    "Squared error of the student, 0 where it is below the teacher's by a margin (Chen 2017)"
+    "Squared error of the student, or 0 if it is below the teacher's by a margin (Chen 2017)"
     on_features,single_label,needs_targ = False,False,True
     def __init__(self,
         margin:float=0., # How far the student's squared error should be below the teacher's
@@ -241,7 +241,7 @@ class TeacherBounded(Loss):
     def forward(self,
         student:Tensor, # Student's values, (B,) or (B, ...)
         teacher:Tensor, # Teacher's values, same shape
-        targ:Tensor, # True values, as many
+        targ:Tensor, # True values, as many as the student's
     ) -> Tensor: # Scalar: summed over the values of an item, averaged over the batch
         "Raises `ValueError` for different shapes"
         if not (student.shape == teacher.shape and targ.numel() == student.numel()):

@@ -136,7 +136,7 @@ class VID(FeatureLoss):
         fm_student:Tensor, # Student's features: a map, a sequence or a vector
         fm_teacher:Tensor, # Teacher's features, of the same kind
     ) -> Tensor: # Scalar: averaged over everything
-        "Raises `ValueError` for different kinds of features, and where nothing was built"
+        "Raises `ValueError` for different kinds of features, or if `build` has not run"
         if self.mean is None:
             raise ValueError('Expected a loss with a network to predict the mean: `build(student, teacher)` makes one')
         self.check(fm_student, fm_teacher)
@@ -180,7 +180,7 @@ class MGD(FeatureLoss):
         fm_student:Tensor, # Student's feature map, (B, C, H, W)
         fm_teacher:Tensor, # Teacher's feature map, (B, C', H', W')
     ) -> Tensor: # Scalar: averaged over everything
-        "Raises `ValueError` unless both are feature maps of the same batch, and where nothing was built"
+        "Raises `ValueError` unless both are feature maps of the same batch, or if `build` has not run"
         self.check(fm_student, fm_teacher)
         if self.generate is None:
             raise ValueError('Expected a loss with convolutions to train: `build(student, teacher)` makes them')
@@ -227,7 +227,7 @@ class OFD(FeatureLoss):
         fm_student:Tensor, # Student's feature map before the activation, (B, C, H, W)
         fm_teacher:Tensor, # Teacher's, (B, C', H', W')
     ) -> Tensor: # Scalar: averaged over everything
-        "Raises `ValueError` unless both are feature maps of the same batch, and where nothing was built"
+        "Raises `ValueError` unless both are feature maps of the same batch, or if `build` has not run"
         self.check(fm_student, fm_teacher)
         if self.projector is None:
             raise ValueError('Expected a loss with a projector: `build(student, teacher)` makes one')
