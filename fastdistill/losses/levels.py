@@ -26,9 +26,9 @@ class MultiLevel(Loss):
     "Divergence of items, batch and classes at several temperatures (Jin 2023)"
     on_features,single_label = False,True
     def __init__(self,
-        temperatures:tuple=(2.,3.,4.,5.,6.), # Each above 0; their losses are added up
-        batch:float=1., # Weight of the comparison of items, beside 1 for each item's probabilities
-        classes:float=1., # Weight of the comparison of classes
+        temperatures:tuple=(2.,3.,4.,5.,6.), # Temperatures above 0, whose losses are added up
+        batch:float=1., # Weight of the part of the batch; that of the items has weight 1
+        classes:float=1., # Weight of the part of the classes
         standardize:bool=False, # Standardise each item's logits ([Sun 2024](https://arxiv.org/abs/2403.01427))?
         axis:int=1, # Axis of the classes
     ):
@@ -63,7 +63,7 @@ class MultiLevel(Loss):
         t:Tensor, # Teacher's, same shape
         T:float, # Temperature
     ) -> Tensor: # Scalar
-        "How differently the items resemble each other, and the classes"
+        "Squared differences of the inner products of items and of classes, each with its weight"
         p,q = (F.softmax(x/T, 1) for x in (t,s))
         n,c = p.shape
         return self.batch*gram_distance(p, q)/n + self.classes*gram_distance(p.T, q.T)/c

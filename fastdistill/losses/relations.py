@@ -37,7 +37,7 @@ def mean_over_positions(x):
     return x if x.ndim == 2 else x.mean(1) if x.ndim == 3 else x.mean((2,3))
 
 class VectorLoss(FeatureLoss, registered=False):
-    "Base class of a loss on vectors: `compare` gets features averaged over their positions, (B, C) and (B, C')"
+    "Base class of a loss on vectors: `compare` gets features averaged over positions, (B, C) and (B, C')"
     least_items,reduced_to = 2,'mean over positions'
     def reduce_teacher(self, fm_teacher): return mean_over_positions(fm_teacher)
 
@@ -55,14 +55,14 @@ class VectorLoss(FeatureLoss, registered=False):
         fm_student:Tensor, # Student's features: a map, a sequence or a vector
         reduced:Tensor, # Teacher's features, averaged over their positions, (B, C')
     ) -> Tensor: # Scalar
-        "The same with the teacher's vectors; raises `ValueError` for too few items"
+        "The loss, with the teacher's vectors; raises `ValueError` for too few items"
         s = mean_over_positions(fm_student)
         self.check(s, reduced)
         return self.compare(s, reduced)
 
 # %% ../../nbs/losses/relations.ipynb #1a30fec4
 class RKD(VectorLoss):
-    "Smooth L1 loss of distances between items and of angles of three ([Park 2019](https://arxiv.org/abs/1904.05068))"
+    "Smooth L1 loss of distances and angles between items ([Park 2019](https://arxiv.org/abs/1904.05068))"
     def __init__(self,
         distance:float=25., # Weight of the distances
         angle:float=50., # Weight of the angles
@@ -81,7 +81,7 @@ class RKD(VectorLoss):
 
     def angles(self,
         x:Tensor, # Vectors, (B, C)
-    ) -> Tensor: # (B, B, B): at the first vector, between the second and the third; 0 where two of them are one
+    ) -> Tensor: # (B, B, B): at the first item, between the others; 0 if two of them coincide
         "Cosines of the angles of all triples of vectors"
         e = unit(x[:,None] - x[None])
         return e @ e.transpose(1, 2)
@@ -97,7 +97,7 @@ class RKD(VectorLoss):
 
 # %% ../../nbs/losses/relations.ipynb #97e9e8f3
 class PKT(VectorLoss):
-    "Divergence of probabilities to be neighbours ([Passalis & Tefas 2018](https://arxiv.org/abs/1803.10837))"
+    "Divergence of the probabilities of neighbours ([Passalis & Tefas 2018](https://arxiv.org/abs/1803.10837))"
     def __init__(self,
         eps:float=1e-7, # Added to both probabilities
     ):
@@ -108,7 +108,7 @@ class PKT(VectorLoss):
     def neighbours(self,
         x:Tensor, # Vectors, (B, C)
     ) -> Tensor: # (B, B), rows sum to 1
-        "Probability with which each item picks each as its neighbour"
+        "Row i: the probabilities with which item i picks each item as its neighbour"
         k = (unit(x) @ unit(x).T + 1) / 2
         return k / k.sum(1, keepdim=True)
 
