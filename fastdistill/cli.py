@@ -47,33 +47,33 @@ def _stopped(out, written):
     return f'Stopped. Written to {out}/: {", ".join(written) or "nothing"}. {how}'
 
 # %% ../nbs/cli.ipynb #ca4583db
-_help = 'Folder of images by class, or with folders train and valid of such; without it, the digits of scikit-learn'
+_help = 'Folder with a folder of images for each class, or with such folders in train and valid (default: digits)'
 _path = Param(_help, str, nargs='?', opt=False) if Param else Annotated[str, _help, dict(nargs='?', opt=False)]
 
 def fastdistill(
     path:_path=None,
-    teacher:str=None, # Images: teacher's architecture, a torchvision model or timm:NAME (default: resnet34)
-    student:str=None, # Images: student's architecture, likewise (default: resnet18)
+    teacher:str=None, # Images: the teacher, a torchvision model or timm:NAME (default: resnet34)
+    student:str=None, # Images: the student, a torchvision model or timm:NAME (default: resnet18)
     teacher_weights:str=None, # Images: file of the teacher's weights; without it, the teacher is trained first
     from_scratch:bool=False, # Images: train the teacher from random instead of downloaded ImageNet weights?
-    loss:str=None, # Images: SoftTarget, DecoupledKD, Attention or another loss by its name (default: SoftTarget)
+    loss:str=None, # Images: SoftTarget, DecoupledKD, Attention or another loss (default: SoftTarget)
     temperature:float=None, # Images: temperature of the loss (default: its own, 5 for SoftTarget)
-    student_layers:str=None, # Images: layers for a loss on features, separated by commas
-    teacher_layers:str=None, # Images: layers for a loss on features, separated by commas
+    student_layers:str=None, # Images: student's layers for a loss on features, separated by commas
+    teacher_layers:str=None, # Images: teacher's layers for a loss on features, separated by commas
     weight:float=None, # Images: weight of the distillation loss (default: 0.5)
-    task_weight:float=None, # Images: weight of the labels' loss (default: 1-weight)
+    task_weight:float=None, # Images: weight of the task loss (default: 1-weight)
     size:int=None, # Images: height and width in pixels (default: 64)
-    bs:int=None, # Images: batch size, of each process where several were launched (default: 64)
+    bs:int=None, # Images: batch size, of each process if there are several (default: 64)
     lr:float=None, # Images: maximum learning rate (default: 1e-3)
-    valid_pct:float=None, # Images: share to validate on where there is no folder valid (default: 0.2)
-    max_ms:float=None, # Budget: find the best student of at most so many milliseconds for one image, on this machine
-    max_mb:float=None, # Budget: of at most so many MB of parameters
+    valid_pct:float=None, # Images: share to validate on if there is no folder valid (default: 0.2)
+    max_ms:float=None, # Budget: find the best student that takes at most this many ms per image on this machine
+    max_mb:float=None, # Budget: find the best student that has at most this many MB of parameters
     students:str=None, # Budget: architectures to choose from, separated by commas (default: a list of eight)
-    unlabelled:str=None, # Images: folder of images without labels, on which the distilled students also train
+    unlabelled:str=None, # Images: folder of images without labels, for the distilled students to train on too
     epochs:int=None, # Epochs of each student, and of a teacher for images (default: digits 60, images 10)
     seeds:int=None, # Runs of each student (default: digits 5, images 3)
-    onnx:bool=False, # Also write ONNX files of the distilled students and measure them? Images go in as plain pixels
-    int8:bool=False, # Also write int8 files of these, which are smaller and often faster, and measure them?
+    onnx:bool=False, # Also write and measure ONNX files of the distilled students? (images: they take plain pixels)
+    int8:bool=False, # Also write and measure int8 files? They are smaller and often faster
     out:str='fastdistill-demo', # Folder for results.csv, runs.csv, results.png, report.html and the exported students
 ) -> pd.DataFrame: # The printed table
     "Train a teacher, then compare a student trained alone with the same student distilled, on digits or your images"

@@ -90,7 +90,7 @@ def train_students(
     lr:float, # Maximum learning rate
     seeds:int, # Number of runs of each method, with seeds 0, 1, ...
     metric:str='accuracy', # Metric to keep after each epoch
-) -> tuple: # `DataFrame` (method, seed, epoch, metric); dictionary: method -> learners, one for each seed
+) -> tuple: # `DataFrame` (method, seed, epoch, metric); method -> learners, one for each seed
     "Train students with each of `methods`"
     rows,learners = [],{}
     for seed in range(seeds):
