@@ -117,7 +117,7 @@ def start(self:Teacher,
     reset:bool=False, # Reset a recurrent model's hidden state now and at the end, as `ModelResetter` does?
     classes=None, # The student's `Classes`, to which the logits are aligned; by default they are not
 ):
-    "Put the model on `device`, in evaluation mode; `ValueError` if a fit that runs, or the classes, forbid it"
+    "Put the model on `device`, in evaluation mode; `ValueError` if another fit or unknown classes prevent it"
     start_use(self.model, self, device, reset, None if classes is None else classes.align(self))
     if self.channels_last: lay_out(self.model, True)
     self.resets = reset
