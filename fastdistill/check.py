@@ -22,6 +22,7 @@ from .data import alike, describe_data
 from .ensemble import Ensemble
 from .layers import input_of
 from .matching import layer_shapes
+from .messages import explained
 from .measure import comp_for, model_size, started, time_forward, validate_teacher
 from .objective import Objective
 from .teacher import classes_of, Teacher
@@ -266,8 +267,9 @@ def distill_check(self:Learner,
     found = [c for name,texts in first.concerns.items() for c in texts if not (enough and name == 'guessing')]
     for k,a in teachers.items():
         if a.teacher.steps == 0: found.append(says_new(a.teacher))
-        else: found += weak_teacher(models, right[k], comp, k)
-        found += distant_layers(self.model, a.teacher, a.terms, first.inputs)
-    if all(a.teacher.steps != 0 for a in teachers.values()): found += unequal_losses(kd.objective, *first.norms)
+        else: found += explained(weak_teacher(models, right[k], comp, k), 'weak-teacher')
+        found += explained(distant_layers(self.model, a.teacher, a.terms, first.inputs), 'distant-layers')
+    if all(a.teacher.steps != 0 for a in teachers.values()):
+        found += explained(unequal_losses(kd.objective, *first.norms), 'unequal-losses')
     return DistillCheck(models, _compare_data(teachers, self.dls), first.terms, found)
 

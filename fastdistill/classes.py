@@ -10,6 +10,7 @@ from collections import Counter
 from difflib import get_close_matches
 import torch
 from torch import Tensor
+from .messages import more
 
 # %% ../nbs/classes.ipynb #7bffe4ad
 class Alignment:
@@ -39,7 +40,8 @@ class Alignment:
         if found is not None: return found
         raise ValueError(f'Expected teacher {self.teacher} to return a logit for each of its {self.n} classes, along '
                          f'axis 1 or the last axis of a sequence, but got logits of shape {tuple(shape)}. '
-                         '`Teacher(model, vocab=[...])` names the classes in the order of its logits.')
+                         '`Teacher(model, vocab=[...])` names the classes in the order of its logits.'
+                         f'{more("other-classes")}')
 
     def __repr__(self):
         n = len(self.index)
@@ -56,13 +58,14 @@ def _check_names(teacher, known, wanted):
         hint = f' Nearest: {_brief(sorted(near))}.' if near else ''
         raise ValueError(f'Expected the teacher {teacher} to know all classes of the student, but it does not know '
                          f'{_brief(missing)}.{hint} Its classes are {_brief(known)}. `Teacher(model, vocab=[...])` can '
-                         'give other names; a teacher without names, `Teacher(model)`, is compared class by class.')
+                         'give other names; a teacher without names, `Teacher(model)`, is compared class by class.'
+                         f'{more("other-classes")}')
     for whose,names in dict(teacher=known, student=wanted).items():
         counts = Counter(names)
         if repeated := {name for name in wanted if counts[name] > 1}:
             raise ValueError(f'Expected each class of the {whose} to have a name of its own, but it has several that '
                              f'are called {_brief(sorted(repeated))}, so those of teacher {teacher} cannot be found '
-                             'by name')
+                             f'by name{more("other-classes")}')
 
 def _brief(names):
     "A list for a message, its end left out if it is long"

@@ -15,6 +15,7 @@ from fastai.torch_core import maybe_gather, num_distrib
 from .data import alike, describe_data, one_class_each
 from .labels import task_ignores
 from .teacher import classes_of
+from .messages import explained, more
 
 # %% ../nbs/concerns.ipynb #8fb26bac
 all_concerns = {}   # Name -> function
@@ -29,7 +30,7 @@ def look(
     batch, # A `Batch`
 ) -> dict: # Name of a concern -> its texts
     "What each concern finds in this batch"
-    return {name:_ask(f, batch) for name,f in all_concerns.items()}
+    return {name:explained(_ask(f, batch), name.replace('_', '-')) for name,f in all_concerns.items()}
 
 def _ask(f, batch):
     try: return f(batch)
@@ -154,7 +155,7 @@ def check_finite(
     found = [(m, l, {"the teacher's answer":finite(t), "the student's features":finite(s)})
              for m,l,(s,t) in zip(batch.objective.terms, terms, batch.features)]
     bad = [o for o in found if not math.isfinite(o[1])] or [o for o in found if not all(o[2].values())]
-    if bad: raise ValueError(_not_finite(*bad[0]))
+    if bad: raise ValueError(_not_finite(*bad[0]) + more('not-finite'))
     if num_distrib() > 1:
         raise ValueError('The distillation loss, or the teacher\'s answer, is not finite in another process')
     # else each is finite and only their sum is not

@@ -14,6 +14,7 @@ from fastcore.xtras import is_listy, modify_exception
 from .layers import FeatureHooks, get_model_layers, unwrap_model
 from .teacher import classes_of, Teacher
 from torch import nn, Tensor
+from .messages import more
 
 # %% ../nbs/ensemble.ipynb #e142baae
 class Ensemble(Teacher):
@@ -154,7 +155,7 @@ def _member(self:Ensemble, name):
     names = [n for n in get_model_layers(self.model) if n.count('.') > 1]
     near = [n for n in names if n.split('.', 2)[2] == name] or names
     raise KeyError(f'teacher {self} has no layer {name!r}. Names of layers start with the number of the network: '
-                   f'{", ".join(map(repr, near[:5]))}')
+                   f'{", ".join(map(repr, near[:5]))}{more("missing-layer")}')
 
 @patch
 def _parts(self:Ensemble, m):

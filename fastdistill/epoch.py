@@ -10,6 +10,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn, Tensor
 from .layers import FeatureHooks, unwrap_model
+from .messages import more
 
 # %% ../nbs/epoch.ipynb #07774789
 class WatchedInputs:
@@ -29,7 +30,7 @@ def check_teacher(teacher, student):
     "Raise unless the teacher is not the student"
     if {id(p) for p in student.parameters()} & {id(p) for p in teacher.model.parameters()}:
         raise ValueError(f'Expected a teacher of its own, but {teacher} is the student or has weights in common '
-                         'with it. A `deepcopy` of the student would do.')
+                         f'with it. A `deepcopy` of the student would do.{more("own-teacher")}')
 
 def check_student(student):
     "Raise unless there is something to train"
@@ -48,7 +49,8 @@ def check_no_other(cbs):
         if isinstance(vars(cb).get('teacher'), nn.Module) and hasattr(type(cb), 'after_loss'):
             raise ValueError('Expected one callback that distils, but the learner also has '
                              f'{type(cb).__module__}.{type(cb).__name__}, so the student would be distilled '
-                             'twice. Leave out one of them; `learn.remove_cb` takes one off the learner.')
+                             'twice. Leave out one of them; `learn.remove_cb` takes one off the learner.'
+                             f'{more("two-callbacks")}')
 
 # %% ../nbs/epoch.ipynb #7c1e5a30
 class ItemNumbers:

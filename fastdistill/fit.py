@@ -27,6 +27,7 @@ from .objective import Objective
 from .teachers import Teachers
 from .trained import Trained, process_group
 from .valid_agreement import for_no_labels
+from .messages import more
 
 # %% ../nbs/fit.ipynb #5174e4d4
 def is_trial(
@@ -102,7 +103,8 @@ class Fit:
         if len(kds) < 2: return check_no_other(self.learn.cbs)
         raise ValueError(f'Expected one KnowledgeDistillationCallback, but the learner has {len(kds)}. '
                          'One takes several losses as a list of `Match`es and several teachers as a list of models. '
-                         '`learn.remove_cb(KnowledgeDistillationCallback)` removes one that was attached before.')
+                         '`learn.remove_cb(KnowledgeDistillationCallback)` removes one that was attached before.'
+                         f'{more("two-callbacks")}')
 
     def _add_columns(self, cbs, columns):
         learn = self.learn
@@ -152,7 +154,7 @@ def ask_teacher(self:Fit):
         student = type(unwrap_model(self.learn.model)).__name__
         raise ValueError(f'Expected {student} to leave its inputs as they are, but its forward pass writes over them, '
                          'so the teacher would see other inputs. Replace the in-place operation, for example '
-                         '`x.sub_(mean)` by `x = x - mean`.')
+                         f'`x.sub_(mean)` by `x = x - mean`.{more("inputs-changed")}')
     answers,compared = self.teachers.ask(self.learn.xb, epoch.teacher_hooks)
     items = epoch.items and epoch.items(self.learn.iter, get_logits(self.learn.pred))
     trained = self.kd.trained

@@ -13,6 +13,7 @@ from fastai.callback.mixup import MixHandler
 from torch import Tensor
 from .data import get_logits, ignored_label
 from .unlabelled import no_labels
+from .messages import more
 
 # %% ../nbs/labels.ipynb #11e1848d
 def blending(
@@ -82,7 +83,8 @@ def check_without_labels(
     "Raise `ValueError` if a loss, or a given `task_weight`, needs labels"
     for m in objective.terms:
         if m.needs.needs_targ: raise ValueError(f'Expected labels, which {m} needs, but got a batch without any. '
-                                                'The page of losses lists those that need none, such as `SoftTarget`.')
+                                                'The page of losses lists those that need none, such as `SoftTarget`.'
+                                                f'{more("labels-needed")}')
     tw = objective.task_weight
     if tw is None or not any(tw(i/10) if callable(tw) else tw for i in range(11)): return
     raise ValueError(f'Expected labels, as task_weight={tw} was given, but got a batch without any. '
@@ -106,7 +108,7 @@ def _check_one_class(m, pred, y):
     if y.shape == pred.shape and (y >= 0).all() and (y.sum(axis) - 1).abs().max() < 0.01: return   # probabilities
     raise ValueError(f'{m} expects one class for each item, but the labels {tuple(y.shape)} are values or, for each '
                      'class, yes or no. For several labels for an item use `MultiLabelSoftTarget`, for values '
-                     '`TeacherBounded` or `Logits`.')
+                     f'`TeacherBounded` or `Logits`.{more("several-labels")}')
 
 def _check_axis(m, pred, y):
     axis = m.needs.axis

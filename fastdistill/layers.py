@@ -14,6 +14,7 @@ from fastai.callback.hook import Hook, Hooks
 from fastai.torch_core import get_model
 from fastcore.foundation import L
 from torch import fx, nn, Tensor
+from .messages import more
 
 # %% ../nbs/layers.ipynb #ab4aef11
 def unwrap_model(
@@ -53,7 +54,7 @@ def get_layer(
     names = [n for n in layers if n]
     near = get_close_matches(str(name), names, n=5) or names[:20]
     raise KeyError(f'{_model_name(model, role)} has no layer {name!r}. Nearest names: {", ".join(near)}. '
-                   f'`get_model_layers` lists all {len(names)}.')
+                   f'`get_model_layers` lists all {len(names)}.{more("missing-layer")}')
 
 def _model_name(model, role): return f'{role} {type(unwrap_model(model)).__name__}'.strip()
 
@@ -115,7 +116,7 @@ def _check_no_script(model, names, role):
     found = [n for n in names for s in scripted if n == s or not s or n.startswith(f'{s}.')]
     if found: raise ValueError(f'Expected layers that PyTorch can hook, but TorchScript runs {found[0]!r} of '
                                f'{_model_name(model, role)}. Take the model as it was before `torch.jit`, or compare '
-                               'predictions.')
+                               f'predictions.{more("scripted-layers")}')
 
 def _check_called(model, names, layers, role):
     "Raise where `torch.fx` has rewritten the model and its graph does not call one of the layers"
@@ -129,7 +130,7 @@ def _check_called(model, names, layers, role):
         none = 'It calls none: compare predictions, or take the model as it was before'
         cure = f'Name one that it calls: {", ".join(near)}' if near else none
         raise ValueError(f'Expected layers that {_model_name(model, role)} calls as modules, '
-                         f'but its graph was rewritten without {name!r}. {cure}.')
+                         f'but its graph was rewritten without {name!r}. {cure}.{more("scripted-layers")}')
 
 def _check_one_device(model, role):
     if not isinstance(model, nn.DataParallel) or len(model.device_ids) < 2: return
@@ -169,11 +170,11 @@ class FeatureHooks(Hooks):
         except ValueError as e:
             raise ValueError(f'{e} of {self.model_name}. A layer that a model skips or that runs as part of a fused '
                              'operation cannot be compared. A compiled model that ran before, without hooks, needs '
-                             '`torch.compiler.reset()`.') from None
+                             f'`torch.compiler.reset()`.{more("layer-without-output")}') from None
         if self.with_graph and (names := [h.name for h in self if not h.with_grad]):
             raise ValueError(f'Expected {self.model_name} to run the layers {names} with gradients, but they ran '
                              'without. Gradient checkpointing keeps the graph with `use_reentrant=False`; '
-                             'layers under `torch.no_grad()` learn nothing.')
+                             f'layers under `torch.no_grad()` learn nothing.{more("no-gradients")}')
         return found
 
     def clear(self):

@@ -22,6 +22,7 @@ from .ensemble import HasTeacher
 from .losses.base import as_loss, in_full_precision, loss_needs
 from .losses.predictions import SoftTarget
 from .losses.projected import Projected
+from .messages import more
 
 # %% ../nbs/objective.ipynb #98e4bc0c
 def check_weight(
@@ -35,7 +36,7 @@ def check_weight(
         if isinstance(w, Real) and math.isfinite(w) and 0 <= w <= most: continue
         limit = f' and at most {most}' if most < math.inf else ''
         raise ValueError(f'Expected {name} to be a finite number of at least 0{limit}, or a schedule of such numbers, '
-                         f'but got {w!r}{cure}')
+                         f'but got {w!r}{cure}{more("weights")}')
     return weight
 
 # %% ../nbs/objective.ipynb #a276a554
@@ -137,7 +138,8 @@ def _compare(self:Match, loss, pair, s, t, *targ):
     with self.naming(pair, s, t):
         broadcasts = not self.student_layers or isinstance(loss, _Loss)     # as PyTorch's losses do
         if broadcasts and s.shape != t.shape:
-            raise ValueError('expected the same shape (in predictions, the same number of classes)')
+            raise ValueError('expected the same shape (in predictions, the same number of classes)'
+                             f'{more("shapes")}')
         loss = in_full_precision(loss, s, t, *targ)
         if isinstance(loss, Tensor) and not loss.ndim: return loss
         raise ValueError(f'expected the loss to be a scalar tensor, but got {loss!r}')
@@ -257,7 +259,8 @@ def check_teacher(self:Objective,
     for m in self.terms:
         t,what = m.teacher or teacher,'features' if m.teacher_layers else 'predictions'
         if m.left_out: continue     # the next fit says so
-        if t is None: raise ValueError(f'Expected a teacher, but got none, and {m} has no teacher of its own')
+        if t is None: raise ValueError(f'Expected a teacher, but got none, and {m} has no teacher of its own'
+                                       f'{more("no-teacher")}')
         try: t.check_term(m)
         except ValueError as e: raise modify_exception(e, f'{m} compares {what}: {e}', replace=True)
 

@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from .ensemble import have_parts_in_common
 from .layers import is_compiled
 from .partial_forward import StopForward, StopProof, stop_after
+from .messages import more
 
 # %% ../nbs/teachers.ipynb #2d60a1f8
 class AskedTeacher:
@@ -78,7 +79,7 @@ def _check_there(terms, teacher):
         elif teacher is None: whose,where = 'a teacher','callback.teacher'
         else: continue
         raise ValueError(f'Expected {whose}, but this callback was loaded without one, as pickles hold none. '
-                         f'Set it: `{where} = ...`.')
+                         f'Set it: `{where} = ...`.{more("no-teacher")}')
 
 # %% ../nbs/teachers.ipynb #4f8b1d6a
 @patch

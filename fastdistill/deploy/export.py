@@ -22,6 +22,7 @@ from ..items import clone_inputs, in_order, split_batch
 from ..measure import model_size, multiply_adds
 from ..untouched import untouched
 from torch import nn, Tensor
+from ..messages import more
 
 # %% ../../nbs/deploy/export.ipynb #2c3d8648
 class _Graph(nn.Module):
@@ -106,7 +107,7 @@ def _export(graph, xb, names, axes, opset):
                                      output_names=['probabilities' if graph.act else 'logits'], dynamic_shapes=(axes,))
     except Exception as e:
         raise ValueError(f'PyTorch cannot export this model to ONNX: {_why(e)}. Replace this part of the model, or '
-                         'choose a student without it.') from e
+                         f'choose a student without it.{more("not-exported")}') from e
 
 # %% ../../nbs/deploy/export.ipynb #dc1faf95
 def checked_path(
@@ -148,7 +149,8 @@ def _compared(onnx, plain, want, tol):
     if not error <= tol:
         raise ValueError(f'The file differs from the learner by up to {error:.3g}, but tol is {tol:g}; nothing was '
                          'written. With `pixels=True`, of the transforms of a batch the file has only '
-                         'IntToFloatTensor and Normalize. Half precision needs a larger `tol`.')
+                         'IntToFloatTensor and Normalize. Half precision needs a larger `tol`.'
+                         f'{more("file-differs")}')
     text = f'Largest difference from the learner on {len(want)} items {error:.1g}'
     if want.ndim < 2 or want.shape[1] < 2: return text     # numbers, not classes
     return f'{text}, same decisions for {(got.argmax(1) == want.argmax(1)).mean():.0%}'

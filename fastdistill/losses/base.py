@@ -11,6 +11,7 @@ from functools import partial, wraps
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
+from ..messages import more
 
 # %% ../../nbs/losses/base.ipynb #dafedead
 def _tensors(args):
@@ -191,7 +192,8 @@ def check_features(student, teacher, kinds=tuple(_kinds), same_channels=False):
         raise ValueError(f'Expected {expected} of the same batch, but got {shapes(student, teacher)}')
     if same_channels and n_channels(student) != n_channels(teacher):
         raise ValueError(f'Expected the same number of channels, but got {shapes(student, teacher)}. '
-                         'A trainable projector can map them: `Match(loss, ..., projector=True)`.')
+                         'A trainable projector can map them: `Match(loss, ..., projector=True)`.'
+                         f'{more("channels")}')
 
 def same_positions(student, teacher):
     "Both maps at the smaller height and width of the two; sequences must have the same number of tokens"

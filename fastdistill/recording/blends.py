@@ -15,6 +15,7 @@ from fastcore.basics import detuplify, listify
 from .batches import inputs_of
 from .seeds import seeded
 from ..unlabelled import no_labels
+from ..messages import more
 
 # %% ../../nbs/recording/blends.ipynb #6dc86ed5
 def describe_blend(
@@ -129,7 +130,8 @@ def check_blends(
     then,others = ' and '.join(recorded),' and '.join(now)
     if recorded:
         raise ValueError(f'{rec} was made with {then}, but this fit has {others or "no blends"}. '
-                         f'Fit with `cbs=[..., {", ".join(recorded)}]`, or record the teacher again.')
+                         f'Fit with `cbs=[..., {", ".join(recorded)}]`, or record the teacher again.'
+                         f'{more("blends")}')
     raise ValueError(f'{others} blends inputs during training, and {rec} has no answers to blends. '
                      f'Record them, `record_teacher(..., cbs={now[0] if len(now) == 1 else others})`, '
-                     'or train without blends.')
+                     f'or train without blends.{more("blends")}')

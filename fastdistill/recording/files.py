@@ -15,6 +15,7 @@ from .answers import AnswerFormat
 from .fingerprints import checksums, digest_header
 from .kept import Kept
 from .rows import RowFile, says_what_to_do
+from ..messages import more
 
 # %% ../../nbs/recording/files.ipynb #62c0cd7c
 try: import fcntl
@@ -88,9 +89,9 @@ class Files:
 def _read_header(folder):
     try: header = json.loads((folder/'header.json').read_text())
     except (OSError,ValueError) as e:
-        raise ValueError(f'{folder} is no recording, or a damaged one: {e}') from None
+        raise ValueError(f'{folder} is no recording, or a damaged one: {e}{more("damaged-recording")}') from None
     if not isinstance(header, dict) or header.get('digest') != digest_header(header):
-        raise ValueError(f'{folder} is damaged: its header has changed')
+        raise ValueError(f'{folder} is damaged: its header has changed{more("damaged-recording")}')
     _check_version(folder, header.get('format', 1))
     return header
 

@@ -9,6 +9,7 @@ __all__ = ['open_folders']
 from pathlib import Path
 from .files import Files, part_of
 from .kept import describe_kept
+from ..messages import more
 
 # %% ../../nbs/recording/folders.ipynb #c2e80b5d
 def open_folders(
@@ -27,7 +28,8 @@ def _open_whole(path):
     files = Files(path)
     if files.header['whole']: return files
     raise ValueError(f'{path} is not whole: its recording was interrupted. '
-                     'Call `record_teacher` with the same arguments to complete it.')
+                     'Call `record_teacher` with the same arguments to complete it.'
+                     f'{more("interrupted-recording")}')
 
 def _check_ranges(folders):
     before,end = None,0

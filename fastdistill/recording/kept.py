@@ -10,6 +10,7 @@ from ..data import describe_value
 from ..layers import FeatureHooks
 from ..losses.base import in_full_precision, loss_needs
 from torch import Tensor
+from ..messages import more
 
 # %% ../../nbs/recording/kept.ipynb #ee62511f
 class Kept:
@@ -103,7 +104,8 @@ def find_kept(
             if key in numbers: return numbers[key]
         need = Kept(layer, m.needs.reduction if layer else None)
         raise ValueError(f'expected a recording of {need}, but it holds: {"; ".join(map(str, kept))}. '
-                         'Record it with `record_teacher(..., loss, student_layers, teacher_layers)`.')
+                         'Record it with `record_teacher(..., loss, student_layers, teacher_layers)`.'
+                         f'{more("not-recorded")}')
     return [find(layer) for layer in m.teacher_layers or [None]]
 
 # %% ../../nbs/recording/kept.ipynb #1c1e2bdf

@@ -19,6 +19,7 @@ from .fingerprints import leaves
 from .kept import find_kept, RecordedFeatures
 from .same import check_inputs, check_loader, check_together, differences, setup_of
 from ..teacher import Teacher
+from ..messages import more
 
 # %% ../../nbs/recording/replay.ipynb #1d2fde8d
 class TeacherRecording(Teacher):
@@ -92,7 +93,7 @@ def batches(self:TeacherRecording,
     check_blends(learn, self)
     h = self.header
     if d := differences(h['setup'], setup_of(learn.dls, dl, h['any_order'], 'classes' in self.data)):
-        raise ValueError(f'{self} was made with other batches. {d}')
+        raise ValueError(f'{self} was made with other batches. {d}{more("other-batches")}')
     if running is not None:     # another recording of this fit came first, and has the blends seeded
         check_together(self, running.recording, learn.n_epoch)
         self.epoch = running
@@ -138,4 +139,5 @@ def __call__(self:TeacherRecording,
 def _read(files, rows, i, device):
     arrays,whole = files.read(rows, i)
     if whole.all(): return files.formats[i].decode(arrays, device)
-    raise ValueError(f'{files.path} is damaged: {(~whole).sum()} of {len(whole)} answers are not what was written')
+    raise ValueError(f'{files.path} is damaged: {(~whole).sum()} of {len(whole)} answers are not what was written'
+                     f'{more("damaged-recording")}')

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch, patch_to
+from ..messages import more
 
 # %% ../../nbs/recording/rows.ipynb #3145f96f
 class RowFile:
@@ -30,10 +31,12 @@ class RowFile:
         "Check the file; return where its rows begin"
         try: array = np.load(self.path, mmap_mode='r')     # which looks at the beginning alone
         except Exception as e:     # NumPy may fail anywhere in a damaged file
-            raise ValueError(f'{self.path.parent} is damaged: {self.path.name}: {e}') from None
+            raise ValueError(f'{self.path.parent} is damaged: {self.path.name}: {e}'
+                             f'{more("damaged-recording")}') from None
         if (array.dtype,array.shape) == (self.row_type,(len(self.rows),)): return array.offset
         raise ValueError(f'{self.path.parent} is damaged: expected {self.path.name} to hold {len(self.rows)} rows of '
-                         f'{self.row_type}, but it holds {array.shape} of {array.dtype}')
+                         f'{self.row_type}, but it holds {array.shape} of {array.dtype}'
+                         f'{more("damaged-recording")}')
 
 # %% ../../nbs/recording/rows.ipynb #b6fb9627
 @patch_to(RowFile, cls_method=True)
@@ -105,7 +108,8 @@ def read(self:RowFile,
     positions = self._position(rows[first])
     content = b''.join([_pread(self.file, n, p) for n,p in zip(n_bytes.tolist(), positions.tolist())])
     if len(content) == size*len(rows): return np.frombuffer(content, self.row_type)
-    raise ValueError(f'{self.path.parent} is damaged: {self.path.name} is shorter than it was')
+    raise ValueError(f'{self.path.parent} is damaged: {self.path.name} is shorter than it was'
+                     f'{more("damaged-recording")}')
 
 def _pread(file, n, position):
     if hasattr(os, 'pread'): return os.pread(file.fileno(), n, position)

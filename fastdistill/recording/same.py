@@ -14,6 +14,7 @@ from .batches import has_own_way, inputs_of, is_stream
 from .seeds import seeded
 from .fingerprints import checksums
 from ..data import describe_data
+from ..messages import more
 
 # %% ../../nbs/recording/same.ipynb #e80075eb
 def same_in_any_order(
@@ -101,4 +102,5 @@ def check_inputs(
     which = f'it has {len(found)} items instead of {n}' if changed is None else f'{changed} of {n} items differ'
     d = differences(files.header['environment'], environment_of(dl))
     why = f'What has changed: {d}.' if d else 'Data or transforms have changed.'
-    raise ValueError(f'This is not the batch that was recorded in {files.path}: {which}. {why}')
+    raise ValueError(f'This is not the batch that was recorded in {files.path}: {which}. {why}'
+                     f'{more("other-batches")}')

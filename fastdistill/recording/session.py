@@ -21,6 +21,7 @@ from .kept import describe_kept, Kept, KeptHooks
 from .processes import Processes
 from .same import check_inputs, differences, environment_of, same_in_any_order, setup_of
 from ..classes import Classes
+from ..messages import more
 
 # %% ../../nbs/recording/session.ipynb #8804685c
 class RecordingSession:
@@ -102,7 +103,8 @@ def _look_in_batches(self:RecordingSession):
     if _same(self.answers_to(*self.xb), self.answers): return
     raise ValueError(f'The teacher {self.teacher} answers the same batch differently when it is asked again, '
                      'so its answers cannot be recorded. Switch off what it draws at random. '
-                     'If it is a recurrent model, pass its `Learner`, with a `ModelResetter`.')
+                     'If it is a recurrent model, pass its `Learner`, with a `ModelResetter`.'
+                     f'{more("random-teacher")}')
 
 # %% ../../nbs/recording/session.ipynb #47a0dfda
 @patch
