@@ -42,7 +42,7 @@ def test_classes_that_are_made_as_their_base_class_show_no_arguments():
     assert 'Loss()' in text(Loss) and 'ShowDistillationGraph()' in text(ShowDistillationGraph) and rows(Loss) == []
 
 def test_meanings_that_the_command_keeps_in_its_types():
-    assert rows(command)[2][0] == '`path`' and rows(command)[2][3].startswith('Folder of images')
+    assert rows(command)[2][0] == '`path`' and rows(command)[2][3].startswith('Folder')
     assert 'str <' not in text(command)
 
 def test_pages_load_nothing_from_other_hosts():

@@ -2,6 +2,7 @@
 import re
 from pathlib import Path
 import nbformat, pytest
+from fastai.losses import CrossEntropyLossFlat
 from fastdistill.all import *
 from fastdistill.concerns import all_concerns
 from fastdistill.messages import more, page
@@ -15,7 +16,7 @@ def sections():
 
 def test_each_address_has_its_section_and_each_section_a_message():
     source = '\n'.join(p.read_text(encoding='utf-8') for p in (root/'fastdistill').rglob('*.py'))
-    named = set(re.findall(r'''more\(["']([\w-]+)["']\)''', source)) | set(re.findall(r'''explained\(.*, '([\w-]+)'\)''', source))
+    named = set(re.findall(r'''more\(["']([\w-]+)["']\)''', source)) | set(re.findall(r'''explained\(.*, '(\w[\w-]+)'\)''', source))
     named |= {name.replace('_', '-') for name in all_concerns}
     assert len(sections()) == len(set(sections())) and named == set(sections())
 
@@ -24,7 +25,7 @@ def test_each_section_says_what_it_means_and_what_to_do():
         if c.source.startswith('### '): assert re.fullmatch(r'### [\w-]+\n\n> .+\n\n.+\n\n\*\*What to do\.\*\* .+', c.source), c.source
 
 def test_an_error_and_a_warning_in_a_fit():
-    learn = QuietLearner(data(), net())
+    learn = QuietLearner(data(), net(), loss_func=CrossEntropyLossFlat())
     with pytest.raises(KeyError, match=f'Nearest names.*\n?.*{re.escape(page)}#missing-layer'):
         learn.fit(1, cbs=KnowledgeDistillationCallback(net(), Attention, 'layer9', '0'))
     with pytest.warns(UserWarning, match=f'flat.*\nMore: {re.escape(page)}#flat-targets'):
