@@ -3,7 +3,7 @@
     python benchmarks/step_cost.py                                     # ResNet34 -> ResNet18, 64 px, batch 64, on the CPU
     python benchmarks/step_cost.py --only recorded                     # with a recorded teacher alone
     python benchmarks/step_cost.py --teacher resnet18 --only EMA       # with the average of the student as its teacher
-    python benchmarks/step_cost.py --peers                             # with fasterai's callback beside (pip install fasterai)
+    python benchmarks/step_cost.py --peers --save benchmarks/step_cost.csv   # with fasterai's callback beside (pip install fasterai); for the front page
     python benchmarks/step_cost.py --small                             # a student of 1,702 parameters, one thread, beside a loop written by hand
     python benchmarks/step_cost.py --device cuda --precision bf16 --teacher resnet50 --size 224
     python benchmarks/step_cost.py --small --device cuda               # where launching the operations takes the time
@@ -46,6 +46,7 @@ def parse():
     p.add_argument('--peers', action='store_true', help='time fasterai too')
     p.add_argument('--only', default='', help='rows whose names contain this, beside student and teacher alone')
     p.add_argument('--small', action='store_true', help='networks of the digits, batch 50, in float32; on a CPU one thread')
+    p.add_argument('--save', metavar='FILE', help='also write the table to a CSV file')
     p.add_argument('--memory_of', help=argparse.SUPPRESS)
     p.add_argument('--recording', help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -189,6 +190,7 @@ def compare(args, batch):
         table.loc[name,'peak MB'] = float(out.stdout.split('MB ')[-1])
     table['ratio to peak of alone + alone'] = table['peak MB'] / table['peak MB'][list(alone)].sum()
     if args.device != 'cpu': add_waits_and_limits(table, rows)
+    if args.save: table.rename_axis('row').assign(machine=machine(args.device)).to_csv(args.save, float_format='%.4f')
     print(f'{args.teacher} -> {args.student}, {args.size} px, batch {args.batch}, {args.precision}, {machine(args.device)}; '
           f'medians of {args.rounds} rounds, min and max of the ratio over rounds')
     print(table.to_string(float_format='{:.3f}'.format))
