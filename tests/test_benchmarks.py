@@ -99,10 +99,11 @@ def test_cats_and_dogs_runs_each_method(tmp_path, monkeypatch):
         for name in ('Cat','dog'): picture(80, i).save(tmp_path/f'images/{name}_{i}.jpg')
     e = c.Experiment(tmp_path, tmp_path/'images')
     e.runs.file = tmp_path/'runs.csv'
-    e.__dict__['teacher'] = c.vision_learner(c.page_data(tmp_path/'images'), c.resnet34, pretrained=False).model
+    e.__dict__['teacher'] = c.create_vision_model(c.resnet34, 2, pretrained=False)
     (x,y),(vx,vy) = e.data
     assert len(x) == 64 and len(vx) == 16 and x.shape[1:] == (3,72,72)
-    assert list(vy) == [int(f.name[0].isupper()) for f in c.page_data(tmp_path/'images').valid_ds.items]     # the page's split and order
+    page = c.ImageDataLoaders.from_name_func(tmp_path/'images', c.get_image_files(tmp_path/'images').sorted(), lambda f: f[0].isupper(), seed=42)
+    assert list(vy) == [int(f.name[0].isupper()) for f in page.valid_ds.items]     # the page's split and order
     monkeypatch.setattr(c, 'methods', {name:(tfm,1,loss) for name,(tfm,_,loss) in c.methods.items()})
     for name in c.methods: e.run(0, name)
     t = e.runs.table
