@@ -92,8 +92,9 @@ class Experiment:
     def recording(self, tfm):
         path = self.folder/f'{tfm.__name__}.rec'
         if path.exists(): return TeacherRecording(path)
-        n,start = 1 if tfm is middle else 5,time.process_time()
-        rec = record_teacher(self.teacher, self.dls(tfm), path, n_epoch=n, loss=both())
+        n,teacher = 1 if tfm is middle else 5,self.teacher     # which may be trained now: that is not counted
+        start = time.process_time()
+        rec = record_teacher(teacher, self.dls(tfm), path, n_epoch=n, loss=both())
         self.add(0, f'recording, {tfm.__name__}', n, None, time.process_time()-start)
         return rec
 
