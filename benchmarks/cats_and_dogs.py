@@ -1,6 +1,6 @@
 """Cats and dogs: how near a ResNet18 comes to its teacher, a ResNet34, and how soon.
 
-    python benchmarks/cats_and_dogs.py FOLDER --images IMAGES [--seeds 0 1 2] [--only NAME]     # five hours on one core; parts may run side by side
+    python benchmarks/cats_and_dogs.py FOLDER --images IMAGES [--seeds 0 1 2] [--only NAME]     # parts may run side by side
 
 Photographs, split, networks and 64 pixels are those of the page "Cats and dogs"; the teacher learns for 25 epochs with crops. FOLDER keeps it and its recordings.
 Rows go to benchmarks/cats_and_dogs.csv, one for each epoch; a run that has its row is not repeated. `seconds` are those of this process's
