@@ -1,6 +1,6 @@
 """Bean leaves: in which settings distillation helps, each against the student alone with the same images, augmentation and epochs.
 
-    python benchmarks/beans_settings.py FOLDER --images BEANS [--seeds 0 1 2 3 4] [--only NAME]     # three hours on one core; parts may run side by side
+    python benchmarks/beans_settings.py FOLDER --images BEANS [--seeds 0 1 2 3 4] [--only GROUP]     # parts may run side by side
 
 BEANS has train/class/name.jpg, validation/... and test/.... Images have 64 pixels; in training they are turned by any angle, shifted, scaled and mirrored.
 Teachers are three ResNet18, 40 epochs, whose answers to ten epochs of such images are recorded and repeated. Students are MobileNetV2, some of a quarter of
@@ -16,7 +16,7 @@ from fastai.vision.all import *
 from fastdistill.all import *
 from fastdistill.objective import Objective
 from torchvision.models import mobilenet_v2, resnet18
-from cats_and_dogs import Seconds
+from cats_and_dogs import Seconds, middle
 from runs import Runs
 from teachers import load_image
 from timing import machine
@@ -33,14 +33,12 @@ def read(images):
 def normalised(x): return x/127.5 - 1
 
 def turned(x):
-    "Turned by any angle, up to a fifth smaller, shifted by up to a tenth, half of them mirrored"
+    "A window of 70 to 100 % of the side, turned by any angle, moved by up to a twentieth of the side; half of them are mirrored"
     n = len(x)
     angle,scale,flip = 2*math.pi*torch.rand(n),1 - .3*torch.rand(n),1 - 2.*(torch.rand(n) < .5)
     cos,sin,(dx,dy) = angle.cos()*scale,angle.sin()*scale,(torch.rand(2, n)-.5)/5
     theta = torch.stack([torch.stack([cos*flip, -sin, dx], 1), torch.stack([sin*flip, cos, dy], 1)], 1)
     return F.grid_sample(x.float(), F.affine_grid(theta, (n,3,64,64), align_corners=False), padding_mode='reflection', align_corners=False)
-
-def middle(x): return F.interpolate(x.float(), 64, mode='area')
 
 def loader(x, y, train):
     def take(idxs): return x[idxs],y[idxs]

@@ -163,12 +163,11 @@ class Experiment:
     @cached_property
     def teacher(self):
         file,b = self.folder/f'{self.b.teacher}.pth',self.b
+        set_seed(100)
         model = make(b.teacher).to(self.device)
         if file.exists(): model.load_state_dict(torch.load(file, map_location=self.device))
         else:
-            set_seed(100)
-            learn = learner(loaders(self.train, self.test), model := make(b.teacher).to(self.device))
-            acc,seconds = train(learn, b.teacher_epochs)
+            acc,seconds = train(learner(loaders(self.train, self.test), model), b.teacher_epochs)
             torch.save(model.state_dict(), file)
             self.runs.add(**self.row(0, 'teacher', None, None, acc, seconds))
         return model

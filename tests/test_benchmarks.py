@@ -49,9 +49,8 @@ def test_learning_rate_of_the_recipe():
 
 def test_optimiser_is_that_of_pytorch():
     "Five steps of the benchmark's learner equal a plain loop with momentum and decay of all parameters"
-    from cifar100 import learner, loaders, normalised
+    from cifar100 import NoValidation, learner, loaders, normalised, steps
     from fastai.callback.schedule import ParamScheduler
-    from cifar100 import NoValidation, steps
     x,y = torch.randint(0, 256, (64,3,32,32), dtype=torch.uint8),torch.randint(3, (64,))
     def net():
         torch.manual_seed(1)
@@ -99,10 +98,11 @@ def test_cats_and_dogs_runs_each_method(tmp_path, monkeypatch):
         for name in ('Cat','dog'): picture(80, i).save(tmp_path/f'images/{name}_{i}.jpg')
     e = c.Experiment(tmp_path, tmp_path/'images')
     e.runs.file = tmp_path/'runs.csv'
-    e.__dict__['teacher'] = c.vision_learner(c.page_data(tmp_path/'images'), c.resnet34, pretrained=False).model
+    e.__dict__['teacher'] = c.create_vision_model(c.resnet34, 2, pretrained=False)
     (x,y),(vx,vy) = e.data
     assert len(x) == 64 and len(vx) == 16 and x.shape[1:] == (3,72,72)
-    assert list(vy) == [int(f.name[0].isupper()) for f in c.page_data(tmp_path/'images').valid_ds.items]     # the page's split and order
+    page = c.ImageDataLoaders.from_name_func(tmp_path/'images', c.get_image_files(tmp_path/'images').sorted(), lambda f: f[0].isupper(), seed=42)
+    assert list(vy) == [int(f.name[0].isupper()) for f in page.valid_ds.items]     # the page's split and order
     monkeypatch.setattr(c, 'methods', {name:(tfm,1,loss) for name,(tfm,_,loss) in c.methods.items()})
     for name in c.methods: e.run(0, name)
     t = e.runs.table
@@ -132,6 +132,16 @@ def test_beans_settings_run(tmp_path, monkeypatch):
     for group in all:
         for name in all[group]: e.run(0, group, name)
     assert len(e.runs.table) == sum(map(len, all.values()))
+
+@pytest.mark.parametrize('angle,flip,by_hand', [(0,.9,lambda x: x), (0,.1,lambda x: x.flip(3)), (.25,.9,lambda x: x.rot90(-1, (2,3))), (.5,.9,lambda x: x.flip(2, 3))])
+def test_turned_leaves_by_hand(angle, flip, by_hand, monkeypatch):
+    "Drawn numbers that turn or mirror the image exactly, without scaling or moving it; both senses of a quarter turn are as likely"
+    from beans_settings import torch as t, turned
+    x,drawn = torch.randint(0, 256, (1,3,64,64), dtype=torch.uint8),iter([angle, 0., flip, .5])
+    monkeypatch.setattr(t, 'rand', lambda *size: torch.full(size, next(drawn)))
+    out,want = turned(x),by_hand(x).float()
+    other = x.rot90(1, (2,3)).float() if angle == .25 else want
+    assert min((out-want).abs().max(), (out-other).abs().max()) < .1
 
 def test_gain_of_bean_leaves_by_hand():
     from beans_settings import summary
