@@ -209,12 +209,13 @@ class Experiment:
         return float(t.weight[t.accuracy.idxmax()])
 
     def measure(self, seeds, only):
+        "First all seeds at the weights of the papers, then at the proposed ones"
+        chosen = {name: m for name,m in methods(self.b).items() if not only or name in only}
         for seed in seeds:
             self.run(seed, 'student alone', None)
-            for name,m in methods(self.b).items():
-                if not only or name in only: self.run(seed, name, 'paper', m)
-            for name,m in methods(self.b).items():
-                if only and name not in only or not self.b.recorded: continue
+            for name,m in chosen.items(): self.run(seed, name, 'paper', m)
+        for seed in seeds if self.b.recorded else ():
+            for name,m in chosen.items():
                 w = self.proposed(name, m)
                 if w and abs(w/m.weight-1) > 1e-6: self.run(seed, name, 'weight_finder', m, w)
 
