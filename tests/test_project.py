@@ -121,7 +121,8 @@ def test_links_of_the_processed_pages(processed, cfg):
             target,_,anchor = url.removeprefix(site).partition('#')
             if url.startswith('http') and not url.startswith(site.rstrip('/')): continue
             if target.rstrip('/') == site.rstrip('/') or url.endswith(('.svg','.png')): continue
-            if not url.startswith(site): target = posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
+            if not target: target = f'{page}.html'     # within the page
+            elif not url.startswith(site): target = posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
             n_links += 1
             if target not in text_of: wrong.append(f'{page}: {url} has no page')
             elif anchor not in text_of[target].lower().replace(' ', '-'): wrong.append(f'{page}: {url} has no heading')
