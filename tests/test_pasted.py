@@ -1,5 +1,5 @@
 "What a reader pastes runs: only the code that the site shows of a page, from top to bottom, in a fresh process."
-import ast, linecache, multiprocessing, os, re, traceback
+import ast, linecache, multiprocessing, os, re, sys, traceback
 from pathlib import Path
 import nbformat, pytest
 
@@ -15,7 +15,10 @@ def shown(page):
     for c in nbformat.read(root/f'nbs/{page}.ipynb', 4).cells:
         flags = ' '.join(l.replace('#| ', '#|') for l in c.source.splitlines() if l.startswith('#|'))
         if c.cell_type != 'code' or any(f in flags for f in ('#|hide','#|export','#|default_exp','eval: false','echo: false')): continue
-        if not c.source.startswith('%%'): yield '\n'.join(l for l in c.source.splitlines() if not l.startswith(('!','%')))
+        if c.source.startswith('%%writefile'): yield write_file(*c.source.split('\n', 1))
+        elif not c.source.startswith('%%'): yield '\n'.join(l for l in c.source.splitlines() if not l.startswith(('!','%')))
+
+def write_file(line, text): return f"from pathlib import Path\nPath({line.split()[1]!r}.format(**globals())).write_text({text!r})"
 
 def run(page, folder, out):
     "In a process of its own: write what went wrong"
@@ -23,7 +26,9 @@ def run(page, folder, out):
     matplotlib.use('agg')
     warnings.simplefilter('ignore')
     os.chdir(folder)
-    names = {'__name__':'__main__'}
+    multiprocessing.set_start_method('fork', force=True)
+    names = sys.modules['__main__'].__dict__     # where pickle looks for what a page defines
+    names['__name__'] = '__main__'
     with open(os.devnull, 'w') as null:
         os.dup2(null.fileno(), 1), os.dup2(null.fileno(), 2)
         try:
