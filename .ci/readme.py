@@ -27,7 +27,8 @@ def render():
         captions.append(apply_directives(c))
         c.outputs = [o for o in c.outputs if '<style>' not in o.get('data', {}).get('text/html', '')]     # of fastai's progress bars
     text,res = MarkdownExporter().from_notebook_node(nb, resources=dict(unique_key='index', output_files_dir='index_files'))
-    for caption in filter(None, captions): text = text.replace('![png]', f'![{caption}]', 1)
+    for caption in filter(None, captions):     # GitHub shows no alternative texts
+        text = re.sub(r'!\[png\](\(.*\))', lambda m: f'![{caption}]{m[1]}\n\n*{caption}*', text, count=1)
     text = re.sub(r'[ \r]+\n', '\n', text)     # commands print to a terminal, with carriage returns
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n',res['outputs']
 
