@@ -49,7 +49,7 @@ def table_of(sym, sig):
     heads = ['parameter','type','default','meaning']
     keep = [i for i in range(4) if any(r[i] for r in rows)]
     def line(cells): return '| ' + ' | '.join(cells[i] for i in keep) + ' |'
-    return '\n'.join([line(heads), line(['---']*4), *map(line, rows)])
+    return '\n'.join(['::: {.parameters}', '', line(heads), line(['---']*4), *map(line, rows), '', ':::'])     # for the styles
 
 class Renderer(ShowDocRenderer):
     "What `show_doc` shows"
