@@ -1,10 +1,12 @@
-"Quarto runs this after the site is built: pages load nothing from other hosts, and pictures have alternative texts."
+"Quarto runs this after the site is built: pages load nothing from other hosts, pictures have alternative texts, and links lead somewhere."
 import html, os, re
 from pathlib import Path
 
 # Quarto adds these for widgets to every page with an HTML output; ours have none
 others = re.compile(r'<script src="https://cdnjs[^>]*></script>|<script type="application/javascript">define\(.jquery.*?</script>\n?', re.S)
 figure = re.compile(r'(<figure\b(?:(?!</figure>).)*?<img\b)((?:(?!</figure>).)*?<figcaption[^>]*>)(.*?)(</figcaption>)', re.S)
+
+site = 'https://fastdistill.github.io/fastdistill'     # where nbdev's links lead
 
 def plain(text): return html.escape(html.unescape(re.sub(r'<[^>]+>', '', text)).strip(), quote=True)
 
@@ -17,7 +19,13 @@ def with_text(m):
 
 def finish(text): return figure.sub(with_text, others.sub('', text))
 
+def unlinked(text, places):
+    "Names that no page documents, such as `exporti` ones, without nbdev's link; `places`: page -> ids of its elements"
+    def one(m): return m[0] if m[1] not in places or m[2] in places[m[1]] else m[3]
+    return re.sub(rf'<a href="{site}/([^"#]+)#([^"]+)"[^>]*>(<code>[^<]*</code>)</a>', one, text)
+
 if __name__ == '__main__':
-    for page in Path(os.environ['QUARTO_PROJECT_OUTPUT_DIR']).rglob('*.html'):
-        text = page.read_text(encoding='utf-8')
-        if (new := finish(text)) != text: page.write_text(new, encoding='utf-8')
+    folder = Path(os.environ['QUARTO_PROJECT_OUTPUT_DIR'])
+    pages = {p.relative_to(folder).as_posix():finish(p.read_text(encoding='utf-8')) for p in folder.rglob('*.html')}
+    places = {name:set(re.findall(r'\bid="([^"]+)"', text)) for name,text in pages.items()}
+    for name,text in pages.items(): (folder/name).write_text(unlinked(text, places), encoding='utf-8')

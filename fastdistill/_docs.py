@@ -26,7 +26,7 @@ def inherits_init(sym):
     "Is it a class that is made as another package makes its base class, or with nothing?"
     if not inspect.isclass(sym): return False
     owner = next(c for c in sym.__mro__ if '__init__' in vars(c))
-    return owner.__module__.partition('.')[0] in ('fastai','fastcore','torch','builtins')     # ours may be `__main__`
+    return owner.__module__.partition('.')[0] in ('fastai','fastcore','torch','pandas','builtins')     # ours may be `__main__`
 
 def cell(text): return text.replace('|', r'\|').replace('\n', ' ')
 def code(text): return f'`{cell(text)}`' if text else ''
@@ -49,7 +49,8 @@ def table_of(sym, sig):
     heads = ['parameter','type','default','meaning']
     keep = [i for i in range(4) if any(r[i] for r in rows)]
     def line(cells): return '| ' + ' | '.join(cells[i] for i in keep) + ' |'
-    return '\n'.join(['::: {.parameters}', '', line(heads), line(['---']*4), *map(line, rows), '', ':::'])     # for the styles
+    widths = ['-'*n for n in (18,14,12,56)]     # of the columns, relative to each other
+    return '\n'.join(['::: {.parameters}', '', line(heads), line(widths), *map(line, rows), '', ':::'])
 
 class Renderer(ShowDocRenderer):
     "What `show_doc` shows"

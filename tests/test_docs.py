@@ -8,7 +8,8 @@ from fastdistill.all import *
 from fastdistill.cli import fastdistill as command
 from fastdistill.losses.base import Loss
 
-finish = runpy.run_path(str(Path(__file__).parents[1]/'.ci/finish.py'))['finish']
+script = runpy.run_path(str(Path(__file__).parents[1]/'.ci/finish.py'))
+finish,unlinked = script['finish'],script['unlinked']
 
 def text(o): return Renderer(o)._repr_markdown_()
 def rows(o): return [[c.strip() for c in l.replace(r'\|', '¦').strip('|').split('|')] for l in text(o).splitlines() if l.startswith('|')]
@@ -22,7 +23,7 @@ def f(
     "One line"
 
 def test_a_table_of_parameters():
-    assert rows(f) == [['parameter','type','default','meaning'], ['---']*4, ['`x`','','','The first, `a¦b`'], ['`y`','`int ¦ str`',"`'a'`",'The second'],
+    assert rows(f) == [['parameter','type','default','meaning'], ['-'*n for n in (18,14,12,56)], ['`x`','','','The first, `a¦b`'], ['`y`','`int ¦ str`',"`'a'`",'The second'],
                        ['`args`','','',''], ['`z`','','`None`','The third'], ['**returns**','`list`','','What comes back']]
     assert "f(x, y='a', *args, z=None)" in text(f) and '\n\nOne line\n\n' in text(f)
 
@@ -54,3 +55,9 @@ def test_pictures_are_described_by_their_captions():
     assert '<img alt="A &amp; b" src="a.png"' in finish(page) and finish(finish(page)) == finish(page)
     kept = '<figure><img src="a.png" alt="mine"><figcaption>other</figcaption></figure>'
     assert finish(kept) == kept
+
+def test_links_to_names_that_no_page_documents():
+    link = '<a href="https://fastdistill.github.io/fastdistill/a.html#{}"><code>f</code></a>'
+    places = {'a.html':{'known'}}
+    assert unlinked(link.format('known'), places) == link.format('known') and unlinked(link.format('hidden'), places) == '<code>f</code>'
+    assert unlinked(link.format('hidden').replace('a.html', 'b.html'), places).startswith('<a')
