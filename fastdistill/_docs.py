@@ -26,7 +26,7 @@ def inherits_init(sym):
     "Is it a class that is made as another package makes its base class, or with nothing?"
     if not inspect.isclass(sym): return False
     owner = next(c for c in sym.__mro__ if '__init__' in vars(c))
-    return owner.__module__.partition('.')[0] in ('fastai','fastcore','torch','pandas','builtins')     # ours may be `__main__`
+    return owner.__module__.partition('.')[0] in ('fastai','fastcore','torch','pandas','builtins')    # ours: `__main__`
 
 def cell(text): return text.replace('|', r'\|').replace('\n', ' ')
 def code(text): return f'`{cell(text)}`' if text else ''

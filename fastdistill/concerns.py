@@ -30,7 +30,12 @@ def look(
     batch, # A `Batch`
 ) -> dict: # Name of a concern -> its texts
     "What each concern finds in this batch"
-    return {name:explained(_ask(f, batch), name.replace('_', '-')) for name,f in all_concerns.items()}
+    return {name:_found(f, batch) for name,f in all_concerns.items()}
+
+def _found(f, batch):
+    "The page of messages explains ours alone"
+    texts = _ask(f, batch)
+    return explained(texts, f.__name__.replace('_', '-')) if f.__module__ == __name__ else texts
 
 def _ask(f, batch):
     try: return f(batch)

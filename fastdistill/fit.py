@@ -74,10 +74,10 @@ def says_where(f):
         try: return f(self, *args)
         except Exception as e:
             if self.epoch is not None: self.epoch.restore_buffers()
-            text = e.args[0] if e.args else type(e).__name__
+            text,link,section = str(e.args[0] if e.args else type(e).__name__).partition(more(''))
             where = f' (epoch {self.learn.epoch}, batch {self.learn.iter})'
             self.close()
-            raise modify_exception(e, f'{text}{where}', replace=True)
+            raise modify_exception(e, f'{text}{where}{link}{section}', replace=True)
     return _inner
 
 # %% ../nbs/fit.ipynb #c40153cc

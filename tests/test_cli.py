@@ -252,7 +252,7 @@ def test_bad_input(args, msg, images, no_images, monkeypatch):
     args = [a.format(ok=images, bad=no_images) for a in args] + (['--bs','8','--size','32'] if '{ok}' in args and '--bs' not in args else [])
     monkeypatch.setattr(sys, 'argv', ['fastdistill', *args, '--out', str(no_images/'out')])
     with pytest.raises(SystemExit, match=f'(?s)fastdistill: .*{msg}') as e: cli.main()
-    assert len(str(e.value).splitlines()) == 1 and not (no_images/'out').exists()
+    assert all(l.startswith('More: http') for l in str(e.value).splitlines()[1:]) and not (no_images/'out').exists()
 
 # the output folder
 
