@@ -9,7 +9,8 @@ width = 88     # characters that fit beside the sidebar
 def text_of(x):
     "A type or a default, in short"
     if x is inspect.Parameter.empty: return ''
-    return getattr(x, '__name__', None) or repr(x).replace('typing.', '')
+    text = getattr(x, '__name__', None) or repr(x).replace('typing.', '')
+    return text.replace(' | ', ' or ')     # bars separate the columns of a table
 
 def signature_of(name, sym, sig):
     "The call, broken where it is too long; types and meanings are in the table"
@@ -38,7 +39,7 @@ def rows_of(sym, sig):
         if name == 'self' or name not in found: continue
         kind,_,meaning = text_of(p.annotation).partition(' <')     # where fastcore's call_parse appends the meaning
         meaning = found[name].docment or meaning.rstrip(">'")
-        yield f'`{name}`',code(kind.strip("'")),code(text_of(p.default)),cell(meaning)
+        yield f'`{name}`',code(kind.strip("'").replace('|', ' or ')),code(text_of(p.default)),cell(meaning)
     d = found.get('return')
     if d and d.docment and not inspect.isclass(sym): yield '**returns**',code(text_of(d.anno)),'',cell(d.docment)
 
@@ -59,5 +60,6 @@ class Renderer(ShowDocRenderer):
         link = f'[source]({source}){{.source-link target="_blank"}}\n\n' if source else ''
         sig = signature_of(self.nm, self.sym, self.sig) if self.sig else f'{self.nm}(...)'
         table = table_of(self.sym, self.sig) if self.sig else ''
-        parts = [f'{"#"*self.title_level} {self.nm}', f'```python\n{sig}\n```', self.docs, table]
+        docs = '' if self.docs == 'Call self as a function.' else self.docs     # Python says so of every object
+        parts = [f'{"#"*self.title_level} {self.nm}', f'```python\n{sig}\n```', docs, table]
         return f'---\n\n{link}' + '\n\n'.join(p for p in parts if p)

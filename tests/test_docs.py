@@ -23,7 +23,7 @@ def f(
     "One line"
 
 def test_a_table_of_parameters():
-    assert rows(f) == [['parameter','type','default','meaning'], ['-'*n for n in (18,14,12,56)], ['`x`','','','The first, `a¦b`'], ['`y`','`int ¦ str`',"`'a'`",'The second'],
+    assert rows(f) == [['parameter','type','default','meaning'], ['-'*n for n in (18,14,12,56)], ['`x`','','','The first, `a¦b`'], ['`y`','`int or str`',"`'a'`",'The second'],
                        ['`args`','','',''], ['`z`','','`None`','The third'], ['**returns**','`list`','','What comes back']]
     assert "f(x, y='a', *args, z=None)" in text(f) and '\n\nOne line\n\n' in text(f)
 
