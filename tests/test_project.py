@@ -83,6 +83,12 @@ def test_page_has_a_title_and_no_stored_error(page):
     exp = any('#| default_exp' in ''.join(c['source']) for c in cells)
     if exp: assert any(re.search(r'\btest_|\bassert ', ''.join(c['source'])) for c in cells), 'a page of code asserts'
 
+@pytest.mark.parametrize('page', pages, ids=address)
+def test_nothing_is_lost_of_the_first_cell(page):
+    "nbdev takes title, description and `- skip_exec: true` from it, and drops the rest"
+    text = ''.join(json.loads(page.read_text())['cells'][0]['source'])
+    assert all(not l.strip() or l.startswith(('# ','> ','- ')) for l in text.splitlines())
+
 def test_every_page_is_in_the_sidebar_once():
     def listed(entries):
         "Pages of a section and of the sections in it"
