@@ -110,6 +110,21 @@ def documented(cells): return ' '.join(re.findall(r'show_doc\(([\w.]+)', '\n'.jo
 
 def prose(cells): return '\n'.join(''.join(c['source']) for c in cells if c['cell_type']=='markdown')
 
+def code_blocks(cell):
+    "What the site shows of a cell in lines that do not wrap: its code, blocks of its text, signatures"
+    source = ''.join(cell['source'])
+    if cell['cell_type'] == 'raw': return []
+    if cell['cell_type'] == 'markdown': return re.findall(r'```\w*\n(.*?)```', source, re.S)
+    shown = [] if re.search(r'^#\| ?echo: *false', source, re.M) else [re.sub(r'^#\|.*\n', '', source, flags=re.M)]
+    docs = (''.join(o.get('data', {}).get('text/markdown', '')) for o in cell.get('outputs', []))
+    return shown + [block for d in docs for block in re.findall(r'```\w*\n(.*?)```', d, re.S)]
+
+@pytest.mark.slow
+def test_lines_that_readers_see(processed):
+    "About 88 characters fit beside the sidebar; outputs wrap"
+    lines = [(page,l) for page,cells in processed.items() for c in cells for block in code_blocks(c) for l in block.splitlines()]
+    assert not [o for o in lines if len(o[1]) > 88] and len(lines) > 3000
+
 @pytest.mark.slow
 def test_links_of_the_processed_pages(processed, cfg):
     "Each name of ours in backticks is a link, and each link within the site has its page and its heading"
