@@ -16,6 +16,7 @@ from fastai.vision.all import *
 from fastdistill.all import *
 from fastdistill.objective import Objective
 from torchvision.models import mobilenet_v2, resnet18
+from batches import loader
 from cats_and_dogs import Seconds, middle
 from runs import Runs
 from teachers import load_image
@@ -40,10 +41,8 @@ def turned(x):
     theta = torch.stack([torch.stack([cos*flip, -sin, dx], 1), torch.stack([sin*flip, cos, dy], 1)], 1)
     return F.grid_sample(x.float(), F.affine_grid(theta, (n,3,64,64), align_corners=False), padding_mode='reflection', align_corners=False)
 
-def loader(x, y, train):
-    def take(idxs): return x[idxs],y[idxs]
-    def transform(b): return normalised((turned if train else middle)(b[0])),b[1]
-    return DataLoader(range(len(x)), bs=32, shuffle=train, drop_last=train, create_batch=take, after_batch=transform)
+def augmented(x): return normalised(turned(x))
+def plain(x): return normalised(middle(x))
 
 stages = ['features.3','features.6','features.13','features.17'],['layer1','layer2','layer3','layer4']
 def label_free(loss=SoftTarget(T=1)): return Objective(loss, weight=1., task_weight=0.)
@@ -95,7 +94,7 @@ class Experiment:
         (x,y),d = self.data['train'],self.data
         if only_labelled: x,y = x[:n_labels],y[:n_labels]
         elif n_labels: y = torch.where(torch.arange(len(y)) < n_labels, y, -100)
-        dls = DataLoaders(loader(x, y, True), loader(*d['validation'], False), loader(*d['test'], False))
+        dls = DataLoaders(loader(x, y, 32, augmented, shuffle=True, drop_last=True), *(loader(*d[part], 32, plain) for part in ('validation','test')))
         return Learner(dls, model.to(memory_format=torch.channels_last), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
 
     def add(self, learn, group, method, seed, epochs, seconds):

@@ -16,6 +16,7 @@ from fastai.vision.all import *
 from fastdistill.all import *
 from fastdistill.objective import Objective
 from torchvision.models import resnet18
+from batches import loader, windows
 from runs import Runs
 from teachers import load_image, normalised
 from timing import machine
@@ -30,16 +31,7 @@ def read(images):
 
 def middle(x): return F.interpolate(x.float(), 64, mode='area')
 
-def crops(x):
-    n = len(x)
-    at = torch.randint(9, (2,n,1)) + torch.arange(64)
-    cols = torch.where(torch.rand(n, 1) < .5, at[1], at[1].flip(1))
-    return x.permute(0, 2, 3, 1)[torch.arange(n)[:,None,None], at[0][:,:,None], cols[:,None,:]].permute(0, 3, 1, 2)
-
-def loader(x, y, train=None):
-    def take(idxs): return x[idxs],y[idxs]
-    def transform(b): return normalised((train or middle)(b[0])),b[1]
-    return DataLoader(range(len(x)), bs=64, shuffle=train is not None, create_batch=take, after_batch=transform)
+def crops(x): return windows(x, 64).float()
 
 class Seconds(Callback):
     "Computing time of training, and accuracy after each epoch"
@@ -69,7 +61,9 @@ class Experiment:
     @cached_property
     def data(self): return read(self.images)
 
-    def dls(self, tfm): return DataLoaders(loader(*self.data[0], tfm), loader(*self.data[1]))
+    def dls(self, tfm):
+        def seen(f): return lambda x: normalised(f(x))
+        return DataLoaders(loader(*self.data[0], 64, seen(tfm), shuffle=True), loader(*self.data[1], 64, seen(middle)))
 
     def learner(self, model, tfm):
         return Learner(self.dls(tfm), model.to(memory_format=torch.channels_last), loss_func=CrossEntropyLossFlat(), metrics=accuracy)

@@ -24,6 +24,7 @@ from fastai.callback.channelslast import *
 from fastdistill.all import *
 from fastdistill.objective import Objective
 from PIL import Image
+from batches import loader, windows
 from cifar_nets import make
 from runs import Runs
 from timing import machine
@@ -58,22 +59,12 @@ def normalised(x): return (x.float()/255 - mean.to(x.device)) / std.to(x.device)
 
 def crop_and_flip(x):
     "Each image moved by up to four pixels, half of them mirrored; borders are black, as in the recipe"
-    n,device = len(x),x.device
-    at = torch.randint(9, (2,n,1), device=device) + torch.arange(32, device=device)
-    cols = torch.where(torch.rand(n, 1, device=device) < .5, at[1], at[1].flip(1))
-    x = F.pad(x, (4,4,4,4)).permute(0, 2, 3, 1)
-    return x[torch.arange(n, device=device)[:,None,None], at[0][:,:,None], cols[:,None,:]].permute(0, 3, 1, 2)
+    return windows(F.pad(x, (4,4,4,4)), 32)
 
-def loader(x, y, bs, train):
-    "Batches cut out of two tensors, wherever they are"
-    def take(idxs):
-        idxs = torch.tensor(idxs, device=x.device)
-        return x[idxs],y[idxs]
-    def transform(b): return normalised(crop_and_flip(b[0]) if train else b[0]),b[1]
-    return DataLoader(range(len(x)), bs=bs, shuffle=train, create_batch=take, after_batch=transform, device=x.device)
+def augmented(x): return normalised(crop_and_flip(x))
 
 def loaders(train, valid):
-    dls = DataLoaders(loader(*train, 64, True), loader(*valid, 500, False), device=train[0].device)
+    dls = DataLoaders(loader(*train, 64, augmented, shuffle=True), loader(*valid, 500, normalised), device=train[0].device)
     dls.c = 100
     return dls
 
