@@ -41,8 +41,7 @@ def turned(x):
     theta = torch.stack([torch.stack([cos*flip, -sin, dx], 1), torch.stack([sin*flip, cos, dy], 1)], 1)
     return F.grid_sample(x.float(), F.affine_grid(theta, (n,3,64,64), align_corners=False), padding_mode='reflection', align_corners=False)
 
-def augmented(x): return normalised(turned(x))
-def plain(x): return normalised(middle(x))
+augmented,plain = compose(turned, normalised),compose(middle, normalised)
 
 stages = ['features.3','features.6','features.13','features.17'],['layer1','layer2','layer3','layer4']
 def label_free(loss=SoftTarget(T=1)): return Objective(loss, weight=1., task_weight=0.)

@@ -62,8 +62,7 @@ class Experiment:
     def data(self): return read(self.images)
 
     def dls(self, tfm):
-        def seen(f): return lambda x: normalised(f(x))
-        return DataLoaders(loader(*self.data[0], 64, seen(tfm), shuffle=True), loader(*self.data[1], 64, seen(middle)))
+        return DataLoaders(*(loader(*part, 64, compose(f, normalised), shuffle=i==0) for i,(part,f) in enumerate(zip(self.data, (tfm,middle)))))
 
     def learner(self, model, tfm):
         return Learner(self.dls(tfm), model.to(memory_format=torch.channels_last), loss_func=CrossEntropyLossFlat(), metrics=accuracy)

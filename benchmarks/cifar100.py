@@ -61,7 +61,7 @@ def crop_and_flip(x):
     "Each image moved by up to four pixels, half of them mirrored; borders are black, as in the recipe"
     return windows(F.pad(x, (4,4,4,4)), 32)
 
-def augmented(x): return normalised(crop_and_flip(x))
+augmented = compose(crop_and_flip, normalised)
 
 def loaders(train, valid):
     dls = DataLoaders(loader(*train, 64, augmented, shuffle=True), loader(*valid, 500, normalised), device=train[0].device)

@@ -9,8 +9,7 @@ width = 88     # characters that fit beside the sidebar
 def text_of(x):
     "A type or a default, in short"
     if x is inspect.Parameter.empty: return ''
-    text = getattr(x, '__name__', None) or repr(x).replace('typing.', '')
-    return text.replace(' | ', ' or ')     # bars separate the columns of a table
+    return getattr(x, '__name__', None) or repr(x).replace('typing.', '')
 
 def signature_of(name, sym, sig):
     "The call, broken where it is too long; types and meanings are in the table"
@@ -31,6 +30,7 @@ def inherits_init(sym):
 
 def cell(text): return text.replace('|', r'\|').replace('\n', ' ')
 def code(text): return f'`{cell(text)}`' if text else ''
+def type_(text): return code(' or '.join(o.strip() for o in text.strip("'").split('|')))     # bars separate columns
 
 def rows_of(sym, sig):
     "Name, type, default and meaning of each parameter, and of what comes back if that is explained"
@@ -39,9 +39,9 @@ def rows_of(sym, sig):
         if name == 'self' or name not in found: continue
         kind,_,meaning = text_of(p.annotation).partition(' <')     # where fastcore's call_parse appends the meaning
         meaning = found[name].docment or meaning.rstrip(">'")
-        yield f'`{name}`',code(kind.strip("'").replace('|', ' or ')),code(text_of(p.default)),cell(meaning)
+        yield f'`{name}`',type_(kind),code(text_of(p.default)),cell(meaning)
     d = found.get('return')
-    if d and d.docment and not inspect.isclass(sym): yield '**returns**',code(text_of(d.anno)),'',cell(d.docment)
+    if d and d.docment and not inspect.isclass(sym): yield '**returns**',type_(text_of(d.anno)),'',cell(d.docment)
 
 def table_of(sym, sig):
     "In Markdown, without columns that would be empty; nothing for a name without explained parameters"

@@ -80,6 +80,7 @@ def test_page_has_a_title_and_no_stored_error(page):
     assert re.match(r'# .+\n\n> .+', ''.join(cells[0]['source']))
     outputs = [o for c in cells for o in c.get('outputs', [])]
     assert not [o for o in outputs if o['output_type']=='error' or o.get('name')=='stderr']
+    assert not re.search(r'[\s"\']/(tmp|root|home|var|Users)/', json.dumps([{**o.get('data', {}), 'text':o.get('text'), 'image/png':''} for o in outputs])), 'a path of the machine'
     exp = any('#| default_exp' in ''.join(c['source']) for c in cells)
     if exp: assert any(re.search(r'\btest_|\bassert ', ''.join(c['source'])) for c in cells), 'a page of code asserts'
 
