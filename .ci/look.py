@@ -11,8 +11,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urldefrag, urljoin, urlparse
 from playwright.sync_api import sync_playwright
+from finish import home, root
 
-root = Path(__file__).parents[1]
 widths,schemes = {'wide':1280, 'phone':390},('light','dark')
 
 # what is looked at in the page itself; each returns a list of texts
@@ -56,18 +56,18 @@ def open_page(browser, base, name, width, scheme):
 def links_of(page): return page.evaluate("() => [...document.querySelectorAll('a[href]')].map(e => e.href)")
 def ids_of(page): return set(page.evaluate("() => [...document.querySelectorAll('[id]')].map(e => e.id)"))
 
-def broken(links, ids, base, site, home):
-    "Links into the site, by page, that lead nowhere; `home` is the address at which the site is published"
+def broken(links, ids, base, site, published):
+    "Links into the site, by page, that lead nowhere; `published` is the address that they have"
     for name,found in links.items():
         for link in found:
-            link = link.replace(home, base)
+            link = link.replace(published, base)
             if not link.startswith(base): continue
             url,anchor = urldefrag(link)
             target = urlparse(url).path.lstrip('/') or 'index.html'
             if not (site/target).is_file(): yield name,f'broken link: {target}'
             elif anchor and target.endswith('.html') and target[:-5] in ids and anchor not in ids[target[:-5]]: yield name,f'no such place: {target}#{anchor}'
 
-def look(site, names, pictures, home):
+def look(site, names, pictures, published):
     "Page -> what is wrong with it"
     base,found,links,ids = serve(site),{},{},{}
     with sync_playwright() as p:
@@ -82,7 +82,7 @@ def look(site, names, pictures, home):
                     links[name],ids[name] = links_of(page),ids_of(page)
                     page.close()
         browser.close()
-    for name,w in broken(links, ids, base, site, home): found[name].append(w)
+    for name,w in broken(links, ids, base, site, published): found[name].append(w)
     return found
 
 def main():
@@ -93,7 +93,7 @@ def main():
     args = p.parse_args()
     if args.pictures: args.pictures.mkdir(parents=True, exist_ok=True)
     names = args.pages or pages_of(args.site)
-    found = {k:v for k,v in look(args.site, names, args.pictures, 'https://fastdistill.github.io/fastdistill/').items() if v}
+    found = {k:v for k,v in look(args.site, names, args.pictures, f'{home()}/').items() if v}
     for name,wrong in found.items(): print(name, *dict.fromkeys(wrong), sep='\n    ')
     print(f'{len(names)} pages, {sum(map(len, found.values()))} findings on {len(found)}')
     sys.exit(bool(found))

@@ -7,9 +7,10 @@ from fastdistill._docs import Renderer, signature_of, width
 from fastdistill.all import *
 from fastdistill.cli import fastdistill as command
 from fastdistill.losses.base import Loss
+from fastdistill.messages import more
 
 script = runpy.run_path(str(Path(__file__).parents[1]/'.ci/finish.py'))
-finish,unlinked = script['finish'],script['unlinked']
+finish,unlinked,home = (script[o] for o in ('finish','unlinked','home'))
 
 def text(o): return Renderer(o)._repr_markdown_()
 def rows(o): return [[c.strip() for c in l.replace(r'\|', '¦').strip('|').split('|')] for l in text(o).splitlines() if l.startswith('|')]
@@ -57,7 +58,10 @@ def test_pictures_are_described_by_their_captions():
     assert finish(kept) == kept
 
 def test_links_to_names_that_no_page_documents():
-    link = '<a href="https://fastdistill.github.io/fastdistill/a.html#{}"><code>f</code></a>'
+    link = f'<a href="{home()}/a.html#{{}}"><code>f</code></a>'
     places = {'a.html':{'known'}}
     assert unlinked(link.format('known'), places) == link.format('known') and unlinked(link.format('hidden'), places) == '<code>f</code>'
     assert unlinked(link.format('hidden').replace('a.html', 'b.html'), places).startswith('<a')
+
+def test_messages_lead_to_the_published_site():
+    assert more('weights') == f'\nMore: {home()}/messages.html#weights'
