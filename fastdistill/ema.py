@@ -189,5 +189,6 @@ def for_copy(self:EMATeacher,
     "The teacher for a copy of the callback, with an average of its own"
     return memo.setdefault(id(self), copy(self))
 
+# %% ../nbs/ema.ipynb #ema0pickle
 @patch
 def __getstate__(self:EMATeacher): return dict(decay=self.decay, _kept=None, _trial=None, _saved=self.state_dict())

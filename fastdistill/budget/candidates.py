@@ -58,11 +58,13 @@ class Candidates:
 def shown(
     table:pd.DataFrame, # Table of candidates
 ) -> pd.DataFrame: # Table of strings
-    "The table for showing: numbers with few digits, and without the column of the device"
+    "The table for showing: numbers with few digits, times with their spread, and no column of the device"
     def text(v):
         if not isinstance(v, float): return f'{v:,}' if isinstance(v, int) else v
         return '' if np.isnan(v) else f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.3g}'
-    return table.drop(columns='device', errors='ignore').astype(object).apply(lambda column: column.map(text))
+    res = table.drop(columns='device', errors='ignore').astype(object).apply(lambda column: column.map(text))
+    if 'ms ±' in res: res['ms'] = [f'{ms} ± {spread}' if ms else '' for ms,spread in zip(res['ms'], res.pop('ms ±'))]
+    return res
 
 # %% ../../nbs/budget/candidates.ipynb #d2eeea5a
 def _makers(students, dls, new_learner):
