@@ -109,3 +109,13 @@ def test_the_front_page_shows_the_stored_results(name, row, teacher, students):
     mean,std = accuracies.mean(),accuracies.std()
     line = next(l for l in (root/'README.md').read_text().splitlines() if row in l)
     assert re.findall(r'\d\.\d{3}(?: ± \d\.\d{3})?', line) == [f'{mean[teacher]:.3f}', *(f'{mean[s]:.3f} ± {std[s]:.3f}' for s in students)]
+
+def test_the_front_page_says_how_soon_a_student_is_as_good():
+    "Of the time of the student alone, the recording included, until the student with a teacher is as good for the rest of its fit"
+    root = pages.parents[1]
+    means = pd.read_csv(root/'benchmarks/cats_and_dogs.csv').groupby(['method','epoch'])[['seconds','accuracy']].mean()
+    alone,both = (means.loc[m] for m in ('alone, fixed images','Attention and SoftTarget, fixed images, 4 epochs'))
+    good = both.accuracy >= alone.accuracy.iloc[-1]
+    until = both.seconds[good & good[::-1].cummin()[::-1]].iloc[0]
+    assert (until + means.seconds['recording, middle'].item())/alone.seconds.iloc[-1] == pytest.approx(1/3, abs=.03)
+    assert 'a third of the time' in (root/'README.md').read_text()
