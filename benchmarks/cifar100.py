@@ -10,7 +10,8 @@ or cifar100_paper.csv; a run that has its row is not repeated. The recipe is tha
 has the same schedule in less time. The accuracy is that of the last epoch.
 
 On a CPU one recording of the teacher, with crops and flips, serves all students; the student alone sees the same batches. OFD compares features before
-their activation and asks the teacher itself. On a GPU the images lie on the device, students train in bfloat16, and the teacher is asked in each batch.
+their activation and asks the teacher itself. "Four times the task loss" has no teacher: it shows what a larger gradient does alone. On a GPU the images
+lie on the device, students train in bfloat16, and the teacher is asked in each batch.
 """
 import argparse, time, zipfile
 from dataclasses import dataclass
@@ -132,7 +133,9 @@ def methods(b):
             'PKT': Method(on(PKT, ['layer3']), 30000.),
             'NormalizedKD': Method(NormalizedKD(gamma=3.5, T=3), 1.),
             'MGD': Method(on(MGD(mask=.15, channels=True), ['layer3']), mgd_weight(b)),
-            'OFD': Method([Match(OFD, s, t, weight=w) for s,t,w in zip(before_act(b.student), before_act(b.teacher), ofd_weights(b))], 1., live=True)}
+            'OFD': Method([Match(OFD, s, t, weight=w) for s,t,w in zip(before_act(b.student), before_act(b.teacher), ofd_weights(b))], 1., live=True),
+            # no distillation: does a larger gradient do the same?
+            'four times the task loss': Method(SoftTarget(), 0., 4.)}
 
 def sizes(net):
     "Numbers in the output of each stage"
@@ -207,7 +210,7 @@ class Experiment:
             for name,m in chosen.items(): self.run(seed, name, 'paper', m)
         for seed in seeds if self.b.recorded else ():
             for name,m in chosen.items():
-                w = self.proposed(name, m)
+                w = m.weight and self.proposed(name, m)
                 if w and abs(w/m.weight-1) > 1e-6: self.run(seed, name, 'weight_finder', m, w)
 
 def main():
