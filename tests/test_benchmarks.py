@@ -68,6 +68,7 @@ def test_optimiser_is_that_of_pytorch():
             for p,m in zip(model.parameters(), moving): p -= steps(e/5)*m
     for p,q in zip(learn.model.parameters(), model.parameters()): torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
+@pytest.mark.slow
 def test_cifar100_runs_each_method(tmp_path):
     import cifar100
     with zipfile.ZipFile(tmp_path/'images.zip', 'w') as z:

@@ -44,6 +44,7 @@ def test_digits(run, tmp_path):
 @pytest.fixture
 def untrained_teacher(monkeypatch): monkeypatch.setattr('fastdistill.experiment.train_teacher', lambda learn, *args: learn)
 
+@pytest.mark.slow
 def test_onnx_and_int8(run, tmp_path, untrained_teacher):
     "Files of the distilled students, measured beside them; on the digits"
     out = run('--epochs', 1, '--seeds', 2, '--onnx', '--int8', '--out', tmp_path)
@@ -57,6 +58,7 @@ def test_onnx_and_int8(run, tmp_path, untrained_teacher):
     assert table.loc['student, Attention, ONNX','accuracy'] == pytest.approx((learn.model.eval()(x).argmax(1) == y).float().mean().item(), abs=1e-6)     # of the first seed
     assert out.count('same decisions') == 4 and 'int8' in (tmp_path/'report.html').read_text(encoding='utf-8')
 
+@pytest.mark.slow
 def test_onnx_of_images(run, images, tmp_path):
     "Plain pixels go in; what cannot be exported is told, and the rest is written"
     out = run(images, '--from_scratch', '--teacher', 'resnet18', '--student', 'timm:test_resnet', '--onnx', '--out', tmp_path, *tiny)
@@ -146,6 +148,7 @@ def test_images_teacher_from_a_file(run, images, tmp_path, style):
     assert list(pd.read_csv(tmp_path/'results.csv').model) == ['teacher','student, scratch','student, Attention']
     assert 'teacher:' not in out     # not trained again
 
+@pytest.mark.slow
 def test_budget(run, images, tmp_path):
     "Students are measured first; the best of those that fit is trained in full and written"
     pytest.importorskip('optuna_integration')
@@ -165,6 +168,7 @@ def test_budget_stopped(run, images, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit): run(images, '--teacher', 'resnet18', '--from_scratch', '--max_mb', 7, '--students', 'shufflenet_v2_x0_5', '--out', tmp_path, *tiny)
     assert re.search(r'Written to .*search, teacher.pth. The teacher is trained: go on with --teacher_weights', capsys.readouterr().err)
 
+@pytest.mark.slow
 def test_budget_for_digits(run, tmp_path, monkeypatch):
     pytest.importorskip('optuna_integration')
     monkeypatch.setattr(command, 'train_teacher', lambda learn, *args: learn)
@@ -287,6 +291,7 @@ def test_ctrl_c_with_nothing_written(run, tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().err == f'fastdistill: Stopped. Written to {tmp_path/out}/: nothing. Start again to get results.\n'
     assert list(tmp_path.rglob('*')) == [tmp_path/'mine']
 
+@pytest.mark.slow
 def test_a_reader_that_goes(tmp_path):
     "`| head -1`: one message, no empty folder"
     script = ("from fastdistill import cli, experiment; "
