@@ -315,3 +315,8 @@ def test_interrupted_in_the_final_fits(tmp_path):
     count = []
     makers = {'width 2':lambda: Learner(data(), net(2), cbs=Stop(count, 4), **kw)}     # two tries, one short fit of an epoch
     with pytest.raises(KeyboardInterrupt, match='The short fits are made and kept'): find(tmp_path, students=makers)
+
+def test_times_are_shown_with_their_spread():
+    from fastdistill.budget.candidates import shown
+    table = shown(pd.DataFrame({'ms':[.44123,float('nan')], 'ms ±':[.03,float('nan')], 'device':'cpu'}))
+    assert list(table) == ['ms'] and list(table.ms) == ['0.441 ± 0.03','']
