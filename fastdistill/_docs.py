@@ -55,6 +55,11 @@ def table_of(sym, sig):
 
 class Renderer(ShowDocRenderer):
     "What `show_doc` shows"
+    def __init__(self, sym, name=None, **kwargs):
+        super().__init__(sym, name, **kwargs)
+        if not name and hasattr(sym, '__wrapped__'):     # nbdev names what is wrapped, which does not know its class if `patch` put it there
+            self.nm,self.fn = sym.__qualname__,f'{sym.__module__}.{sym.__qualname__}'
+
     def _repr_markdown_(self):
         source = NbdevLookup().code(self.fn)
         link = f'[source]({source}){{.source-link target="_blank"}}\n\n' if source else ''

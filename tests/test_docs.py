@@ -47,6 +47,10 @@ def test_meanings_that_the_command_keeps_in_its_types():
     assert rows(command)[2][0] == '`path`' and rows(command)[2][3].startswith('Folder')
     assert 'str <' not in text(command)
 
+def test_a_wrapped_method_that_patch_put_on_its_class_is_named_with_it():
+    from fastdistill.fit import Fit
+    assert '### Fit.ask_teacher\n' in text(Fit.ask_teacher) and '/fit.py#' in text(Fit.ask_teacher) and '### Fit.join_optimizer\n' in text(Fit.join_optimizer)
+
 def test_pages_load_nothing_from_other_hosts():
     page = '<head><script src="https://cdnjs.cloudflare.com/x.js" integrity="a"></script><script src="site_libs/y.js"></script></head>'
     assert finish(page) == '<head><script src="site_libs/y.js"></script></head>'
