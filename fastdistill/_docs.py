@@ -1,5 +1,5 @@
 "How the docs site shows a name of the API: signature and table of parameters; written by hand, used by nbdev alone"
-import inspect
+import inspect, re
 from textwrap import wrap
 from fastcore.docments import ShowDocRenderer, docments
 from nbdev.doclinks import NbdevLookup
@@ -26,22 +26,28 @@ def inherits_init(sym):
     "Is it a class that is made as another package makes its base class, or with nothing?"
     if not inspect.isclass(sym): return False
     owner = next(c for c in sym.__mro__ if '__init__' in vars(c))
-    return owner.__module__.partition('.')[0] in ('fastai','fastcore','torch','pandas','builtins')    # ours: `__main__`
+    return owner.__module__.partition('.')[0] in ('fastai','fasttransform','fastcore','torch','pandas','builtins')    # ours: `__main__`
 
 def cell(text): return text.replace('|', r'\|').replace('\n', ' ')
 def code(text): return f'`{cell(text)}`' if text else ''
 def type_(text): return code(' or '.join(o.strip() for o in text.strip("'").split('|')))     # bars separate columns
 
+def starred(sym):
+    "Comments on `*args` and `**kwargs`, which fastcore does not find or takes for what comes back"
+    found = re.findall(r'\*(\w+)[^#\n]*#\s*(.+)', inspect.getsource(sym.__init__ if inspect.isclass(sym) else sym))
+    return dict(reversed(found))
+
 def rows_of(sym, sig):
     "Name, type, default and meaning of each parameter, and of what comes back if that is explained"
     found = docments(sym, full=True, returns=True)
+    stars = starred(sym) if any(p.kind in (p.VAR_POSITIONAL,p.VAR_KEYWORD) for p in sig.parameters.values()) else {}
     for name,p in sig.parameters.items():
         if name == 'self' or name not in found: continue
         kind,_,meaning = text_of(p.annotation).partition(' <')     # where fastcore's call_parse appends the meaning
-        meaning = found[name].docment or meaning.rstrip(">'")
+        meaning = found[name].docment or meaning.rstrip(">'") or stars.get(name, '')
         yield f'`{name}`',type_(kind),code(text_of(p.default)),cell(meaning)
     d = found.get('return')
-    if d and d.docment and not inspect.isclass(sym): yield '**returns**',type_(text_of(d.anno)),'',cell(d.docment)
+    if d and d.docment and d.docment not in stars.values() and not inspect.isclass(sym): yield '**returns**',type_(text_of(d.anno)),'',cell(d.docment)
 
 def table_of(sym, sig):
     "In Markdown, without columns that would be empty; nothing for a name without explained parameters"

@@ -6,6 +6,7 @@ pytest.importorskip('nbdev.showdoc')
 from fastdistill._docs import Renderer, signature_of, width
 from fastdistill.all import *
 from fastdistill.cli import fastdistill as command
+from fastdistill.digits import DigitImage
 from fastdistill.losses.base import Loss
 from fastdistill.messages import more
 
@@ -28,6 +29,15 @@ def test_a_table_of_parameters():
                        ['`args`','','',''], ['`z`','','`None`','The third'], ['**returns**','`list`','','What comes back']]
     assert "f(x, y='a', *args, z=None)" in text(f) and '\n\nOne line\n\n' in text(f)
 
+def test_comments_on_starred_parameters():
+    def g(
+        *args, # Of the loss
+        **kwargs, # Of `Learner`
+    ) -> list:
+        "One line"
+        return [*args, *kwargs]     # a comment in the code
+    assert [r[-1] for r in rows(g)[2:]] == ['Of the loss','Of `Learner`']
+
 def test_columns_that_would_be_empty_are_left_out():
     def g(a): "Nothing to explain"
     def h(
@@ -42,6 +52,7 @@ def test_signatures_fit_beside_the_sidebar(o):
 
 def test_classes_that_are_made_as_their_base_class_show_no_arguments():
     assert 'Loss()' in text(Loss) and 'ShowDistillationGraph()' in text(ShowDistillationGraph) and rows(Loss) == []
+    assert 'DigitImage()' in text(DigitImage)
 
 def test_meanings_that_the_command_keeps_in_its_types():
     assert rows(command)[2][0] == '`path`' and rows(command)[2][3].startswith('Folder')
