@@ -45,7 +45,7 @@ def rows_of(sym, sig):
         if name == 'self' or name not in found: continue
         kind,_,meaning = text_of(p.annotation).partition(' <')     # where fastcore's call_parse appends the meaning
         meaning = found[name].docment or meaning.rstrip(">'") or stars.get(name, '')
-        yield f'`{name}`',type_(kind),code(text_of(p.default)),cell(meaning)
+        yield f'<code>{name}</code>',type_(kind),code(text_of(p.default)),cell(meaning)
     d = found.get('return')
     if d and d.docment and d.docment not in stars.values() and not inspect.isclass(sym): yield '**returns**',type_(text_of(d.anno)),'',cell(d.docment)
 

@@ -25,8 +25,8 @@ def f(
     "One line"
 
 def test_a_table_of_parameters():
-    assert rows(f) == [['parameter','type','default','meaning'], ['-'*n for n in (18,14,12,56)], ['`x`','','','The first, `a¦b`'], ['`y`','`int or str`',"`'a'`",'The second'],
-                       ['`args`','','',''], ['`z`','','`None`','The third'], ['**returns**','`list`','','What comes back']]
+    assert rows(f) == [['parameter','type','default','meaning'], ['-'*n for n in (18,14,12,56)], ['<code>x</code>','','','The first, `a¦b`'], ['<code>y</code>','`int or str`',"`'a'`",'The second'],
+                       ['<code>args</code>','','',''], ['<code>z</code>','','`None`','The third'], ['**returns**','`list`','','What comes back']]
     assert "f(x, y='a', *args, z=None)" in text(f) and '\n\nOne line\n\n' in text(f)
 
 def test_comments_on_starred_parameters():
@@ -55,7 +55,7 @@ def test_classes_that_are_made_as_their_base_class_show_no_arguments():
     assert 'DigitImage()' in text(DigitImage)
 
 def test_meanings_that_the_command_keeps_in_its_types():
-    assert rows(command)[2][0] == '`path`' and rows(command)[2][3].startswith('Folder')
+    assert rows(command)[2][0] == '<code>path</code>' and rows(command)[2][3].startswith('Folder')
     assert 'str <' not in text(command)
 
 def test_a_wrapped_method_that_patch_put_on_its_class_is_named_with_it():

@@ -95,7 +95,7 @@ def encode(self:AnswerFormat,
     logits:Tensor, # The teacher's answer to a batch, (B, ...)
     spread:float=math.inf, # Standard deviation of the answers to the first batch
 ) -> list: # Tensors with one row per item, in the order of `layout`
-    "Logits to arrays; `ValueError` if rounding changes them by more than 2 % of `spread`"
+    "Logits to arrays; `ValueError` if rounding changes them by more than 2 % of this spread"
     if self.topk is None: return self._pad([self._round(logits, spread)])
     logits = logits.float().movedim(self.axis, -1)
     values,classes = logits.topk(self.topk)
