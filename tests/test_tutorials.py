@@ -113,6 +113,16 @@ def test_the_front_page_shows_the_stored_results(name, row, teacher, students):
     line = next(l for l in (root/'README.md').read_text().splitlines() if row in l)
     assert re.findall(r'\d\.\d{3}(?: ± \d\.\d{3})?', line) == [f'{mean[teacher]:.3f}', *(f'{mean[s]:.3f} ± {std[s]:.3f}' for s in students)]
 
+def test_the_front_page_shows_the_leaves_with_few_labels():
+    root = pages.parents[1]
+    runs = pd.read_csv(root/'benchmarks/beans_settings.csv')
+    runs['accuracy'] = (133*runs.valid + 128*runs.test)/261
+    few = runs[runs.group == '10 % of the labels'].groupby('method').accuracy
+    teacher = runs[(runs.group == 'teachers') & (runs.seed == 0)].accuracy.item()     # the one that answers alone
+    line = next(l for l in (root/'README.md').read_text().splitlines() if '103 labels for' in l)
+    shown = [f'{few.mean()[m]:.3f} ± {few.std()[m]:.3f}' for m in ('alone','SoftTarget, T=4')]
+    assert re.findall(r'\d\.\d{3}(?: ± \d\.\d{3})?', line) == [f'{teacher:.3f}', *shown] and (few.count() == 5).all()
+
 def test_the_front_page_says_how_soon_a_student_is_as_good():
     "Of the time of the student alone, the recording included, until the student with a teacher is as good for the rest of its fit"
     root = pages.parents[1]
