@@ -25,8 +25,8 @@ def signature_of(name, sym, sig):
 def inherits_init(sym):
     "Is it a class that is made as another package makes its base class, or with nothing?"
     if not inspect.isclass(sym): return False
-    owner = next(c for c in sym.__mro__ if '__init__' in vars(c))
-    return owner.__module__.partition('.')[0] in ('fastai','fasttransform','fastcore','torch','pandas','builtins')    # ours: `__main__`
+    owner = next(c for c in sym.__mro__ if '__init__' in vars(c)).__module__.partition('.')[0]     # ours: `__main__`
+    return owner in ('fastai','fasttransform','fastcore','torch','pandas','builtins')
 
 def cell(text): return text.replace('|', r'\|').replace('\n', ' ')
 def code(text): return f'`{cell(text)}`' if text else ''
@@ -47,7 +47,8 @@ def rows_of(sym, sig):
         meaning = found[name].docment or meaning.rstrip(">'") or stars.get(name, '')
         yield f'<code>{name}</code>',type_(kind),code(text_of(p.default)),cell(meaning)
     d = found.get('return')
-    if d and d.docment and d.docment not in stars.values() and not inspect.isclass(sym): yield '**returns**',type_(text_of(d.anno)),'',cell(d.docment)
+    if not d or not d.docment or d.docment in stars.values() or inspect.isclass(sym): return
+    yield '**returns**',type_(text_of(d.anno)),'',cell(d.docment)
 
 def table_of(sym, sig):
     "In Markdown, without columns that would be empty; nothing for a name without explained parameters"
@@ -63,7 +64,7 @@ class Renderer(ShowDocRenderer):
     "What `show_doc` shows"
     def __init__(self, sym, name=None, **kwargs):
         super().__init__(sym, name, **kwargs)
-        if not name and hasattr(sym, '__wrapped__'):     # nbdev names what is wrapped, which does not know its class if `patch` put it there
+        if not name and hasattr(sym, '__wrapped__'):     # nbdev shows what is wrapped, which has no class after `patch`
             self.nm,self.fn = sym.__qualname__,f'{sym.__module__}.{sym.__qualname__}'
 
     def _repr_markdown_(self):
