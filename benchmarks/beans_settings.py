@@ -72,7 +72,7 @@ def settings():
                 'three teachers, SoftTarget, T=1, no labels': one(label_free(), teacher='three', mixup=True)},
             '10 % of the labels': {
                 'alone': short(only_labelled=True),
-                'SoftTarget, T=4': short(soft()),     # T=1 without labels would be the same as above
+                'SoftTarget, T=4': short(soft()),     # with T=1 and no labels, this is the fit of the first group
                 'three teachers, SoftTarget, T=4': short(soft(), teacher='three')},
             'full width, 20 epochs': {
                 'alone': Setting(full, 20),

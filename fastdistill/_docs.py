@@ -65,7 +65,7 @@ class Renderer(ShowDocRenderer):
     def __init__(self, sym, name=None, **kwargs):
         super().__init__(sym, name, **kwargs)
         if not name and hasattr(sym, '__wrapped__'):     # nbdev shows what is wrapped, which has no class after `patch`
-            self.nm,self.fn = sym.__qualname__,f'{sym.__module__}.{sym.__qualname__}'
+            self.nm,self.fn = sym.__qualname__,self.fn.removesuffix(self.sym.__qualname__) + sym.__qualname__
 
     def _repr_markdown_(self):
         source = NbdevLookup().code(self.fn)
