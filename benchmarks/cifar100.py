@@ -9,6 +9,9 @@ or cifar100_paper.csv; a run that has its row is not repeated. The recipe is tha
 5e-4, batches of 64, a tenth of the rate after 150, 180 and 210 of 240 epochs, random crops with a padding of four pixels, and flips. A shorter budget
 has the same schedule in less time. The accuracy is that of the last epoch.
 
+Trained on another machine, a teacher is another one. So the CPU's teacher is kept in benchmarks/cifar100_resnet20.pth: all students of a table have the same.
+Delete it, and the table, to train a new one. benchmarks/cifar100_cpu_first.csv has students of an earlier teacher.
+
 On a CPU one recording of the teacher, with crops and flips, serves all students; the student alone sees the same batches. OFD compares features before
 their activation and asks the teacher itself. "Four times the task loss" has no teacher: it shows what a larger gradient does alone. On a GPU the images
 lie on the device, students train in bfloat16, and the teacher is asked in each batch.
@@ -156,7 +159,9 @@ class Experiment:
 
     @cached_property
     def teacher(self):
-        file,b = self.folder/f'{self.b.teacher}.pth',self.b
+        b,name = self.b,f'{self.b.teacher}.pth'
+        kept = here/f'cifar100_{name}'
+        file = kept if b.recorded and kept.exists() else self.folder/name
         set_seed(100)
         model = make(b.teacher).to(self.device)
         if file.exists(): model.load_state_dict(torch.load(file, map_location=self.device))
