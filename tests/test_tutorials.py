@@ -102,7 +102,7 @@ def test_the_command_that_runs_a_page_finds_its_students(name, monkeypatch):
     ('mnist', 'tutorials/mnist.html', 'teacher', ['scratch','distilled']),
     ('mnist', '| the same networks', 'better teacher', ['scratch, one cycle','distilled, better teacher, one cycle']),
     ('beans', 'tutorials/beans.html', 'teacher', ['from scratch','SoftTarget, T=5']),
-    ('cifar100_cpu', 'tutorials/cifar100.html', 'teacher', ['student alone','SoftTarget','DIST']),
+    ('cifar100_cpu_first', 'tutorials/cifar100.html', 'teacher', ['student alone','SoftTarget','DIST']),
 ])
 def test_the_front_page_shows_the_stored_results(name, row, teacher, students):
     root = pages.parents[1]
@@ -123,12 +123,17 @@ def test_the_front_page_shows_the_leaves_with_few_labels():
     shown = [f'{few.mean()[m]:.3f} ± {few.std()[m]:.3f}' for m in ('alone','SoftTarget, T=4')]
     assert re.findall(r'\d\.\d{3}(?: ± \d\.\d{3})?', line) == [f'{teacher:.3f}', *shown] and (few.count() == 5).all()
 
-def test_the_front_page_says_how_soon_a_student_is_as_good():
+@pytest.mark.parametrize('run,other,least,most', [
+    ('cats_and_dogs_first', 'alone, fixed images', 1/5, .335),
+    ('cats_and_dogs', 'alone, fixed images', 1/5, .335),
+    ('cats_and_dogs', 'alone, fixed images, 4 epochs', .63, .7)])
+def test_the_front_page_says_how_soon_a_student_is_as_good(run, other, least, most):
     "Of the time of the student alone, the recording included, until the student with a teacher is as good for the rest of its fit"
     root = pages.parents[1]
-    means = pd.read_csv(root/'benchmarks/cats_and_dogs.csv').groupby(['method','epoch'])[['seconds','accuracy']].mean()
-    alone,both = (means.loc[m] for m in ('alone, fixed images','Attention and SoftTarget, fixed images, 4 epochs'))
+    means = pd.read_csv(root/f'benchmarks/{run}.csv').groupby(['method','epoch'])[['seconds','accuracy']].mean()
+    alone,both = (means.loc[m] for m in (other,'Attention and SoftTarget, fixed images, 4 epochs'))
     good = both.accuracy >= alone.accuracy.iloc[-1]
     until = both.seconds[good & good[::-1].cummin()[::-1]].iloc[0]
-    assert (until + means.seconds['recording, middle'].item())/alone.seconds.iloc[-1] == pytest.approx(1/3, abs=.03)
-    assert 'a third of the time' in (root/'README.md').read_text()
+    assert least < (until + means.seconds['recording, middle'].item())/alone.seconds.iloc[-1] < most
+    text = (root/'README.md').read_text()
+    assert 'a third of the time or less' in text and 'two thirds of the time' in text
