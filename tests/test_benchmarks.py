@@ -90,6 +90,9 @@ def test_cifar100_runs_each_method(tmp_path):
     n = len(e.runs.table)
     e.run(0, 'DIST', 'paper', cifar100.methods(b)['DIST'])
     assert len(e.runs.table) == n     # a run that has its row is not repeated
+    e = cifar100.Experiment(cifar100.budgets['cpu'], tmp_path, tmp_path/'images.zip', 'cpu', tmp_path/'others.csv')
+    kept = torch.load(cifar100.here/'cifar100_resnet20.pth')     # the teacher of the published table
+    assert all(torch.equal(v, kept[k]) for k,v in e.teacher.state_dict().items()) and not len(e.runs.table)
 
 @pytest.mark.slow
 def test_cats_and_dogs_runs_each_method(tmp_path, monkeypatch):
