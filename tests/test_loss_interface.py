@@ -274,4 +274,5 @@ def test_a_fit_with_inputs_of_layers(tmp_path):
         teacher[1].inplace = layer != '0'
         fit(learn, KnowledgeDistillationCallback(t, nn.MSELoss(), layer, layer))
         found.append(torch.cat([p.flatten() for p in learn.model.parameters()]))
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)     # batches of another size are rounded differently
+    assert torch.equal(found[0], found[2])

@@ -41,7 +41,7 @@ def test_a_step_is_that_of_the_distillation_loss_alone(teacher, weight):
     loss = weight*SoftTarget()(before(x), teacher.eval()(x))
     loss.backward()
     for p,q in zip(learn.model.parameters(), before.parameters()): torch.testing.assert_close(p, q - 0.1*q.grad)
-    assert learn.recorder.losses[0].item() == pytest.approx(weight*soft_target(before(x), teacher(x)), rel=1e-5)
+    assert learn.recorder.losses[0].item() == pytest.approx(weight*soft_target(before(x), teacher(x)), rel=1e-4)     # small differences of logarithms
 
 def test_the_loss_is_recorded_and_the_table_has_its_columns(teacher):
     learn,kd = student(without()),kd_of(teacher)
