@@ -7,7 +7,7 @@ Rows go to benchmarks/cats_and_dogs.csv, one for each epoch; a run that has its 
 computing on one thread: training without validation, since the start of the fit. Rows of method "recording" are the time that the teacher's answers
 took. "Fixed" images are the middle of each photograph, recorded once. "Crops" are squares of 64 of 72 pixels, half of them mirrored: five epochs are
 recorded and repeated, and the student alone sees the same. "Average" is the moving average (0.99) of the student's weights, judged at the end.
-benchmarks/cats_and_dogs_first.csv has an earlier run on another machine, where another teacher came out.
+benchmarks/cats_and_dogs_first.csv has an earlier run on another machine, with another teacher.
 """
 import argparse, time
 from functools import cached_property, partial

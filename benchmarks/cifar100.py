@@ -9,8 +9,8 @@ or cifar100_paper.csv; a run that has its row is not repeated. The recipe is tha
 5e-4, batches of 64, a tenth of the rate after 150, 180 and 210 of 240 epochs, random crops with a padding of four pixels, and flips. A shorter budget
 has the same schedule in less time. The accuracy is that of the last epoch.
 
-Trained on another machine, a teacher is another one. So the CPU's teacher is kept in benchmarks/cifar100_resnet20.pth: all students of a table have the same.
-Delete it, and the table, to train a new one. benchmarks/cifar100_cpu_first.csv has students of an earlier teacher.
+Processors round differently, so the same code and seed give another teacher on another machine. The CPU's teacher is kept in benchmarks/cifar100_resnet20.pth,
+and all students in cifar100_cpu.csv learn from it. Delete both to begin with a new one. cifar100_cpu_first.csv has students of an earlier teacher.
 
 On a CPU one recording of the teacher, with crops and flips, serves all students; the student alone sees the same batches. OFD compares features before
 their activation and asks the teacher itself. "Four times the task loss" has no teacher: it shows what a larger gradient does alone. On a GPU the images
