@@ -102,7 +102,7 @@ def test_the_command_that_runs_a_page_finds_its_students(name, monkeypatch):
     ('mnist', 'tutorials/mnist.html', 'teacher', ['scratch','distilled']),
     ('mnist', '| the same networks', 'better teacher', ['scratch, one cycle','distilled, better teacher, one cycle']),
     ('beans', 'tutorials/beans.html', 'teacher', ['from scratch','SoftTarget, T=5']),
-    ('cifar100_cpu_first', 'tutorials/cifar100.html', 'teacher', ['student alone','SoftTarget','DIST']),
+    ('cifar100_cpu', 'tutorials/cifar100.html', 'teacher', ['student alone','SoftTarget','DIST']),
 ])
 def test_the_front_page_shows_the_stored_results(name, row, teacher, students):
     root = pages.parents[1]
