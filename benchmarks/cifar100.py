@@ -208,7 +208,7 @@ class Experiment:
         return float(t.weight[t.accuracy.idxmax()])
 
     def measure(self, seeds, only):
-        "First all seeds at the weights of the papers, then at the proposed ones"
+        "First all seeds at the weights of the papers, then at the proposed ones, unless these are the same or 0, the student alone"
         chosen = {name: m for name,m in methods(self.b).items() if not only or name in only}
         for seed in seeds:
             self.run(seed, 'student alone', None)
