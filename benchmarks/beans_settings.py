@@ -76,9 +76,11 @@ def settings():
                 'three teachers, SoftTarget, T=4': short(soft(), teacher='three')},
             'full width, 20 epochs': {
                 'alone': Setting(full, 20),
+                'SoftTarget, T=4': Setting(full, 20, soft()),
                 'Attention and SoftTarget': Setting(full, 20, beside(Match(Attention, *stages, weight=1000)))},
             'a quarter of the width, 60 epochs': {
                 'alone': Setting(narrow, 60),
+                'SoftTarget, T=4': Setting(narrow, 60, soft()),
                 'Attention and SoftTarget': Setting(narrow, 60, beside(Match(Attention, *stages, weight=1000)))}}
 
 class Experiment:

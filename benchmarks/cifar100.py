@@ -14,7 +14,8 @@ and all students in cifar100_cpu.csv learn from it. Delete both to begin with a 
 
 On a CPU one recording of the teacher, with crops and flips, serves all students; the student alone sees the same batches. OFD compares features before
 their activation and asks the teacher itself. "Four times the task loss" has no teacher: it shows what a larger gradient does alone. On a GPU the images
-lie on the device, students train in bfloat16, and the teacher is asked in each batch.
+lie on the device, students train in bfloat16, and the teacher, `Teacher(fast=True)`, is asked in each batch. Steps of 64 images leave a GPU idle; with
+`--batch 256` the learning rate is four times as large, and rises to it during the first 2 % of the training.
 """
 import argparse, time, zipfile
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ here = Path(__file__).parent
 
 @dataclass
 class Budget:
-    teacher:str; student:str; teacher_epochs:int; epochs:int; recorded:bool
+    teacher:str; student:str; teacher_epochs:int; epochs:int; recorded:bool; batch:int=64
 
 budgets = dict(cpu=Budget('resnet20', 'resnet8', 8, 3, True), paper=Budget('resnet32x4', 'resnet8x4', 240, 240, False))
 
@@ -67,8 +68,8 @@ def crop_and_flip(x):
 
 augmented = compose(crop_and_flip, normalised)
 
-def loaders(train, valid):
-    dls = DataLoaders(loader(*train, 64, augmented, shuffle=True), loader(*valid, 500, normalised), device=train[0].device)
+def loaders(train, valid, bs=64):
+    dls = DataLoaders(loader(*train, bs, augmented, shuffle=True), loader(*valid, 500, normalised), device=train[0].device)
     dls.c = 100
     return dls
 
@@ -77,9 +78,10 @@ def loaders(train, valid):
 class NoValidation(Callback):
     def before_validate(self): raise CancelValidException
 
-def steps(pct):
-    "The learning rate of the recipe, at a share of the training"
-    return .05 * .1**sum(pct >= e/240 for e in (150,180,210))
+def steps(pct, bs=64):
+    "The learning rate of the recipe, at a share of the training; with larger batches it is larger, and starts small"
+    rise = min(1., pct/.02) if bs > 64 else 1.
+    return .05*bs/64 * rise * .1**sum(pct >= e/240 for e in (150,180,210))
 
 def learner(dls, model):
     sgd = partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, weight_decay=5e-4))
@@ -92,7 +94,7 @@ def train(learn, n_epoch, cbs=()):
     "Accuracy after the last epoch, and seconds of computing of this process"
     start = time.process_time()
     with learn.no_bar(), learn.no_logging():
-        learn.fit(n_epoch, cbs=[ParamScheduler(dict(lr=steps)), NoValidation(), *listify(cbs)])
+        learn.fit(n_epoch, cbs=[ParamScheduler(dict(lr=partial(steps, bs=learn.dls.bs))), NoValidation(), *listify(cbs)])
         seconds = time.process_time()-start
         return learn.validate()[1],seconds
 
@@ -157,6 +159,9 @@ class Experiment:
         self.train,self.test = ([o.to(device) for o in part] for part in parts)
         self.runs,self.weights = Runs(file, 'seed','method','weight_of'),Runs(file.with_name(f'{file.stem}_weights.csv'), 'method','weight')
 
+    @property
+    def dls(self): return loaders(self.train, self.test, self.b.batch)
+
     @cached_property
     def teacher(self):
         b,name = self.b,f'{self.b.teacher}.pth'
@@ -166,7 +171,7 @@ class Experiment:
         model = make(b.teacher).to(self.device)
         if file.exists(): model.load_state_dict(torch.load(file, map_location=self.device))
         else:
-            acc,seconds = train(learner(loaders(self.train, self.test), model), b.teacher_epochs)
+            acc,seconds = train(learner(self.dls, model), b.teacher_epochs)
             torch.save(model.state_dict(), file)
             self.runs.add(**self.row(0, 'teacher', None, None, acc, seconds))
         return model
@@ -174,15 +179,15 @@ class Experiment:
     @cached_property
     def answers(self):
         "The teacher, or what is recorded of it"
-        if not self.b.recorded: return self.teacher
+        if not self.b.recorded: return Teacher(self.teacher, fast=True)
         if (path := self.folder/'teacher.rec').exists(): return TeacherRecording(path)
         terms = [SoftTarget(), *(Match(FitNet, s, s) for s in stages)]     # the features whole
-        return record_teacher(self.teacher, loaders(self.train, self.test), path, n_epoch=self.b.epochs, loss=terms)
+        return record_teacher(self.teacher, self.dls, path, n_epoch=self.b.epochs, loss=terms)
 
     def row(self, seed, method, weight_of, weight, acc, seconds):
         b = self.b
         net,epochs = (b.teacher,b.teacher_epochs) if method == 'teacher' else (b.student,b.epochs)
-        return dict(seed=seed, method=method, weight_of=weight_of or '-', weight=weight, accuracy=acc, seconds=seconds, network=net, epochs=epochs, machine=machine(self.device))
+        return dict(seed=seed, method=method, weight_of=weight_of or '-', weight=weight, accuracy=acc, seconds=seconds, network=net, epochs=epochs, batch=b.batch, machine=machine(self.device))
 
     def run(self, seed, name, weight_of, method=None, weight=None):
         if self.runs.has(seed=seed, method=name, weight_of=weight_of or '-'): return
@@ -190,7 +195,7 @@ class Experiment:
         objective = method.objective(weight) if method else Objective(SoftTarget, weight=0.)     # alone, on the same batches
         kd = None if method is None and not self.b.recorded else KnowledgeDistillationCallback(teacher, objective)
         set_seed(seed)
-        learn = learner(loaders(self.train, self.test), make(self.b.student).to(self.device))
+        learn = learner(self.dls, make(self.b.student).to(self.device))
         self.runs.add(**self.row(seed, name, weight_of, method and (method.weight if weight is None else weight), *train(learn, self.b.epochs, kd)))
 
     def proposed(self, name, method):
@@ -224,13 +229,15 @@ def main():
     p.add_argument('--images', required=True, help='zip of CIFAR-100')
     p.add_argument('--budget', choices=list(budgets), default='cpu')
     p.add_argument('--pair', help="teacher and student, such as 'resnet56,resnet20'")
-    p.add_argument('--epochs', type=int, help='of the students, and of the teacher on a GPU')
+    p.add_argument('--epochs', type=int, help='of the students')
+    p.add_argument('--teacher_epochs', type=int)
+    p.add_argument('--batch', type=int, help='64')
     p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
     p.add_argument('--only', nargs='+', default=[], metavar='NAME')
     args = p.parse_args()
     b = budgets[args.budget]
     if args.pair: b.teacher,b.student = args.pair.split(',')
-    if args.epochs: b.epochs,b.teacher_epochs = args.epochs,b.teacher_epochs if b.recorded else args.epochs
+    for name in ('epochs','teacher_epochs','batch'): setattr(b, name, getattr(args, name) or getattr(b, name))
     if unknown := {*args.only} - {*methods(b)}: p.error(f'no {", ".join(unknown)}; there are {", ".join(methods(b))}')
     args.folder.mkdir(parents=True, exist_ok=True)
     e = Experiment(b, args.folder, args.images, 'cuda' if args.budget == 'paper' else 'cpu', here/f'cifar100_{args.budget}.csv')

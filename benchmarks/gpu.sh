@@ -38,6 +38,7 @@ part() {   # name, limit in seconds, command
 say "# fastdistill on ${device/cuda/a GPU}" '' "$(date -u '+%Y-%m-%d %H:%M') UTC, commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)" \
     "$(python -c 'import torch, fastai; print("torch", torch.__version__, "fastai", fastai.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")')"
 
+peers=; python -c 'import fasterai' 2> /dev/null && peers=--peers
 step=(python benchmarks/step_cost.py --device "$device")
 cifar=(python "$out/benchmarks/cifar100.py" "$out/cifar100" --images "$zip" --seeds 0 --only SoftTarget)
 # from a copy: it writes its rows beside itself, and a run as short as here must not stand in the table of the repository
@@ -50,14 +51,14 @@ if [ "$device" = cpu ]; then
     part 'The command' 300 python -m fastdistill --epochs 1 --seeds 1 --out "$out/demo"
     [ -z "$zip" ] || part 'CIFAR-100' 300 "${cifar[@]}" --epochs 1
 else
-    part 'Tests' 240 python -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_fake_cuda.py
+    part 'Tests' 240 python -m pytest -n 4 -q -p no:cacheprovider tests/test_gpu.py tests/test_fake_cuda.py
     for precision in fp32 fp16 bf16; do
-        part "A step, $precision" 180 "${step[@]}" --precision $precision --size 224 --batch 128
+        part "A step, $precision" 180 "${step[@]}" --precision $precision --size 224 --batch 128 $peers
     done
     part 'EMATeacher' 60 "${step[@]}" --precision bf16 --size 224 --batch 128 --teacher resnet18 --only EMA
     part 'Small networks' 60 "${step[@]}" --small
-    part 'The command' 60 python -m fastdistill --epochs 10 --seeds 2 --out "$out/demo"
-    [ -z "$zip" ] || part 'CIFAR-100' 220 "${cifar[@]}" --budget paper --epochs 2
+    part 'The command' 120 python -m fastdistill --epochs 10 --seeds 2 --out "$out/demo"
+    [ -z "$zip" ] || part 'CIFAR-100' 220 "${cifar[@]}" --budget paper --epochs 2 --teacher_epochs 2 --batch 256
 fi
 
 say '' '## Summary' '' "${summary[@]/#/- }" '' "$report"

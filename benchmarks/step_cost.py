@@ -14,6 +14,7 @@ On a GPU the tables also show how often the host waits for it in a step, as PyTo
 events), and the ratios that we want to keep.
 """
 import argparse, io, subprocess, sys, tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from functools import partial
 import pandas as pd
@@ -128,6 +129,11 @@ def peak_memory(args):
         for _ in range(4): f()
     return peak_mb(args.device) - before
 
+def memory_of(args, row):
+    "`peak_memory` in a process of its own"
+    command = [sys.executable, __file__, *sys.argv[1:], '--recording', args.recording, '--memory_of', row]
+    return float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split('MB ')[-1])
+
 class ByHand(Callback):
     "The few lines that one would write without a package"
     def __init__(self, teacher): self.teacher = teacher.eval()
@@ -185,9 +191,7 @@ def compare(args, batch):
     ratio = times.div(floor, axis=0)
     table = pd.DataFrame({'ms': 1e3*times.median(), to_floor: ratio.median(), 'min': ratio.min(), 'max': ratio.max()})
     table[to_student] = times.div(times['student alone'], axis=0).median()
-    for name in times:
-        out = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--recording', args.recording, '--memory_of', name], capture_output=True, text=True, check=True)
-        table.loc[name,'peak MB'] = float(out.stdout.split('MB ')[-1])
+    with ThreadPoolExecutor(1 if args.device == 'cpu' else 8) as pool: table['peak MB'] = [*pool.map(partial(memory_of, args), times)]
     table['ratio to peak of alone + alone'] = table['peak MB'] / table['peak MB'][list(alone)].sum()
     if args.device != 'cpu': add_waits_and_limits(table, rows)
     if args.save: table.rename_axis('row').assign(machine=machine(args.device)).to_csv(args.save, float_format='%.4f')

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from .data import get_logits
-from .history import Transfer
+from .history import send_numbers
 from .labels import labels_for_losses
 
 # %% ../nbs/batch.ipynb #5403fa6e
@@ -83,7 +83,7 @@ class Batch:
         "Start to copy the parts of the loss to the CPU, with a sum of each of the teacher's tensors"
         names = ['task_loss','kd_loss',*self.objective.names]
         self.parts = {k:l.detach() for k,l in zip(names, (self.task_loss,kd_loss,*terms))}
-        self.sent = Transfer([self.task_loss, kd_loss, *terms, *self._sums_of_teacher()])
+        self.sent = send_numbers([self.task_loss, kd_loss, *terms, *self._sums_of_teacher()])
 
     def _sums_of_teacher(self):
         "Not finite where any number is not: an argmax or a comparison would hide that from the loss"

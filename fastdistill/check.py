@@ -249,6 +249,12 @@ def says_new(
     return (f'{teacher} starts as the student, so that it has nothing to teach before the first step, and the weight '
             'of its loss cannot be judged. Check again after an epoch')
 
+def _distant(learn, asked, xb):
+    "`distant_layers` of one `AskedTeacher`, with both models on the device of the inputs"
+    if not asked.teacher.live: return []
+    with untouched(learn), started(asked.teacher, learn, asked.terms):
+        return distant_layers(learn.model, asked.teacher, asked.terms, xb)
+
 @patch
 def distill_check(self:Learner,
     kd:KnowledgeDistillationCallback=None, # The callback of the fit; by default the one on the learner
@@ -268,7 +274,7 @@ def distill_check(self:Learner,
     for k,a in teachers.items():
         if a.teacher.steps == 0: found.append(says_new(a.teacher))
         else: found += explained(weak_teacher(models, right[k], comp, k), 'weak-teacher')
-        found += explained(distant_layers(self.model, a.teacher, a.terms, first.inputs), 'distant-layers')
+        found += explained(_distant(self, a, first.inputs), 'distant-layers')
     if all(a.teacher.steps != 0 for a in teachers.values()):
         found += explained(unequal_losses(kd.objective, *first.norms), 'unequal-losses')
     return DistillCheck(models, _compare_data(teachers, self.dls), first.terms, found)

@@ -187,12 +187,13 @@ def _look_at_first_batch(self:Fit):
 @patch
 def _record(self:Fit):
     if self.batch is None or self.batch.sent is None: return
-    numbers,self.batch.sent = self.batch.sent.wait(),None
-    if not math.isfinite(sum(numbers[1:])):
-        try: check_finite(self.batch, numbers[2:2+len(self.objective.terms)])
-        except ValueError:
-            self.learn.opt.zero_grad()
-            raise
+    numbers,self.batch.sent = self.batch.sent.wait().tolist(),None
+    try:
+        for t in self.teachers: t.confirm()
+        if not math.isfinite(sum(numbers[1:])): check_finite(self.batch, numbers[2:2+len(self.objective.terms)])
+    except ValueError:
+        self.learn.opt.zero_grad()
+        raise
     self.kd.history.add(numbers)
 
 @patch

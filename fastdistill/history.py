@@ -25,20 +25,24 @@ class SmoothAverage:
 
 # %% ../nbs/history.ipynb #e4f72a7d
 class Transfer:
-    "Numbers on their way to the CPU"
-    def __init__(self, numbers):
-        dtype = torch.promote_types(numbers[0].dtype, torch.float32)
-        sent = torch.stack([n.detach().as_subclass(Tensor).to(dtype) for n in numbers])
-        if num_distrib() > 1: sent = maybe_gather(sent[None]).mean(0)
+    "A tensor on its way to the CPU; the program goes on meanwhile"
+    def __init__(self, sent):
         self.sent,self.arrived = sent,None
         if sent.is_cuda:
             self.sent,self.arrived = sent.to('cpu', non_blocking=True),torch.cuda.Event()
             self.arrived.record()
 
     def wait(self):
-        "The numbers, as a list of floats"
+        "The tensor, on the CPU"
         if self.arrived is not None: self.arrived.synchronize()
-        return self.sent.tolist()
+        return self.sent
+
+def send_numbers(numbers):
+    "Start to copy scalars to the CPU, as one tensor; several processes take their mean"
+    dtype = torch.promote_types(numbers[0].dtype, torch.float32)
+    sent = torch.stack([n.detach().as_subclass(Tensor).to(dtype) for n in numbers])
+    if num_distrib() > 1: sent = maybe_gather(sent[None]).mean(0)
+    return Transfer(sent)
 
 # %% ../nbs/history.ipynb #47607bff
 class Column(ValueMetric):

@@ -23,6 +23,7 @@ from fastcore.xtras import is_listy
 from torch import nn, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from .data import get_logits, ignored_label, one_class_each
+from .in_use import put_on_device
 from .teacher import Teacher
 
 # %% ../nbs/measure.ipynb #293b08ab
@@ -126,6 +127,7 @@ def started(
     terms:list=None, # `Match`es that compare student and teacher; by default their logits
 ):
     "Start `teacher` on the device and for the classes of `learn`, and stop it at the end"
+    put_on_device(learn)
     try:
         teacher.start_for(learn, terms)
         yield teacher

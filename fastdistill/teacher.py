@@ -252,6 +252,10 @@ def check(self:Teacher,
 ):
     "Raise an error if the teacher cannot answer the batch; a network never does"
 
+@patch
+def confirm(self:Teacher):
+    "Called before the step: raise what `check` could not tell without a wait for the GPU"
+
 # %% ../nbs/teacher.ipynb #36adafbf
 @patch
 def after_step(self:Teacher,

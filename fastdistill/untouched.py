@@ -16,7 +16,7 @@ from fastai.learner import Learner
 from fastai.torch_core import no_random, one_param, to_device
 from fastcore.foundation import L
 from .fit import as_trial
-from .in_use import device_for
+from .in_use import device_for, put_on_device
 
 # %% ../nbs/untouched.ipynb #c31124a6
 @contextmanager
@@ -71,6 +71,11 @@ def _same_draws(*objects):
         for put_back,state in rngs: put_back(state)
 
 # %% ../nbs/untouched.ipynb #c5b3ada0
+def _keep_on_device(learn):
+    "fastai looks for the device in parameters, which a quantised network does not have, and would move its buffers"
+    learn._set_device = partial(to_device, device=device_for(learn))
+    vars(learn.model)['to'] = lambda *args, **kwargs: learn.model
+
 @contextmanager
 def untouched(
     learn:Learner, # Any learner
@@ -88,6 +93,6 @@ def untouched(
           no_random(reproducible=False), learn.no_logging()):
         learn.opt = None
         as_trial(learn)
-        # fastai looks for the device in the parameters, which a network that was quantised does not have
-        if one_param(learn.model) is None: learn._set_device = partial(to_device, device=device_for(learn))
+        put_on_device(learn)
+        if one_param(learn.model) is None: _keep_on_device(learn)
         yield

@@ -45,6 +45,17 @@ def refuses(f, *texts, error=ValueError):
     with pytest.raises(error) as e: f()
     for t in texts: assert t in str(e.value)
 
+def refuses_the_second_batch(learn, rec):
+    "Its inputs are changed, so the fit has to end before the step: the student keeps the weights of its first step"
+    weights = []
+    class Changed(Callback):
+        def before_batch(self):
+            if self.train_iter == 0: return
+            weights[:] = [p.detach().clone() for p in self.model.parameters()]
+            self.learn.xb = (self.x + 0.1,)
+    refuses(lambda: learn.fit(1, cbs=[KnowledgeDistillationCallback(rec), Changed()]), '8 of 8 items differ', '(epoch 0, batch 1)')
+    for p,w in zip(learn.model.parameters(), weights, strict=True): assert torch.equal(p, w) and (p.grad is None or not p.grad.any())
+
 def is_another(f, *texts): refuses(f, 'another recording', *texts, error=FileExistsError)
 
 def arrays(rec): return arrays_in(rec.path)

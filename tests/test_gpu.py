@@ -1,9 +1,10 @@
 "On a GPU: mixed precision, channels last, a teacher that comes from the CPU and goes back. Skipped where there is none."
 import pytest, torch
 import fastai.callback.all, fastai.callback.channelslast     # they give Learner its to_fp16 and the like; a star would bring a test_overflow
-from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, TfmdDL, set_seed
+from fastai.basics import accuracy, Callback, CrossEntropyLossFlat, DataLoaders, TfmdDL, set_seed
 from conftest import QuietLearner, data, n_hooks, net, same_state, state
 from fastdistill.all import *
+from recording_helpers import refuses, refuses_the_second_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 
@@ -93,7 +94,7 @@ def test_an_average_follows_the_steps_that_were_taken(to):
     for k,v in ema.model.state_dict().items(): torch.testing.assert_close(v, average[k], rtol=1e-4, atol=1e-5)
     assert next(ema.model.parameters()).is_cuda
 
-@pytest.mark.parametrize('to', [None,'to_fp16','to_bf16','to_non_native_fp16'])
+@pytest.mark.parametrize('to', [None,'to_fp16','to_bf16'])
 def test_recorded_teacher_sees_the_noise_drawn_on_the_gpu_again(tmp_path, to):
     device,teacher,asked = torch.device('cuda'),net(8),[]
     def noise(x): return x + torch.randn_like(x) if x.is_floating_point() else x
@@ -107,7 +108,27 @@ def test_recorded_teacher_sees_the_noise_drawn_on_the_gpu_again(tmp_path, to):
             if not self.training: return
             with torch.no_grad(): asked.append((self.knowledge_distillation.batch.answer, teacher.to(device).eval()(self.x.float())))
     learn = QuietLearner(dls, net(), loss_func=CrossEntropyLossFlat(), cbs=[KnowledgeDistillationCallback(rec), Ask()])
-    if to: getattr(learn, to)(**dict(to_non_native_fp16=dict(max_loss_scale=256.)).get(to, {}))
+    if to: getattr(learn, to)()
     learn.fit(3)
     eps = 1e-5 if to is None else 0.1
     assert asked and all(a.is_cuda and (a-b.float()).abs().max() <= eps for a,b in asked)
+
+def test_a_recording_refuses_inputs_in_half_precision(tmp_path):
+    rec = record_teacher(net(8), learner().dls, tmp_path/'r')
+    refuses(lambda: learner().to_non_native_fp16(max_loss_scale=256.).fit(1, cbs=KnowledgeDistillationCallback(rec)), 'Use `to_fp16`')
+
+def test_another_batch_than_the_recorded_one_stops_the_fit_before_the_step(tmp_path):
+    learn = learner()
+    rec = record_teacher(net(8), learn.dls, tmp_path/'r')
+    refuses_the_second_batch(learn, rec)
+    learner().fit(2, cbs=KnowledgeDistillationCallback(rec))
+
+def test_a_student_that_has_not_trained_is_measured_on_the_gpu():
+    "fastai puts it there at the start of a fit or a validation; until then it is on the CPU"
+    layers = ['0','1']
+    learn,kd = learner(metrics=accuracy),KnowledgeDistillationCallback(net(8), Attention, layers, layers)
+    check = learn.distill_check(kd, n=1)
+    assert check.models.notna().loc[['teacher','student']].all(axis=None) and len(check.terms) == 3
+    assert next(learn.model.parameters()).device.type == 'cpu' and next(kd.teacher.model.parameters()).device.type == 'cpu'
+    table = compare(dict(teacher=learner(metrics=accuracy), student=learn), batch_sizes=(1,), n=1)
+    assert table.accuracy.notna().all() and next(learn.model.parameters()).device.type == 'cpu'

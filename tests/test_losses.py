@@ -41,27 +41,27 @@ def test_a_loss_says_what_it_needs(name):
     assert not needs.builds or needs.trains
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def script(monkeypatch):
     "What a file of benchmarks/ defines; it runs nothing"
     monkeypatch.syspath_prepend(root/'benchmarks')
     return lambda name: runpy.run_path(str(root/f'benchmarks/{name}.py'))
 
-def test_a_new_loss_joins_the_benchmarks(benchmark):
+def test_a_new_loss_joins_the_benchmarks(script):
     "With settings for a loss that they do not name; losses that they leave out cannot run there"
     class OnMaps(Cosine): least_positions = 2
     class OnVectors(Cosine): kinds = (2,)
     class OnLogits(SoftTarget): pass
-    bench = benchmark('losses')
+    bench = script('losses')
     found = bench['settings']([*registered_losses.values(), OnMaps, OnVectors, OnLogits])
     assert {type(loss) for loss,_ in found} == {*registered_losses.values(), OnMaps, OnLogits} - {MultiLabelSoftTarget,TeacherBounded}     # a digit has one class
     (a,b),(c,d) = ([kw for (loss,_),kw in found.items() if type(loss) is cls] for cls in (OnMaps,OnLogits))
     assert [kw['weight'] for kw in (a,b,c,d)] == [.1,1,.1,1] and {kw['task_weight'] for kw in (a,b,c,d)} == {1.}
     assert isinstance(a['loss'].loss, Projected) and len(a['loss'].student_layers) == 3 and isinstance(c['loss'], OnLogits)
-    assert {type(loss) for loss in benchmark('loss_cost')['every']} == {*registered_losses.values()} - {TeacherBounded}     # which takes values
+    assert {type(loss) for loss in script('loss_cost')['every']} == {*registered_losses.values()} - {TeacherBounded}     # which takes values
 
-def test_some_rows_of_a_benchmark_again(benchmark):
+def test_some_rows_of_a_benchmark_again(script):
     "They take the place of the old ones, new ones stand in order, and the others do not change"
-    rows = benchmark('rows')
+    rows = script('rows')
     table = pd.read_csv(root/'benchmarks/losses.csv')
     order,names = [*dict.fromkeys(table.loss[1:])],['SoftTarget','FitNet','PKT']
     again = table[[True,*(bool(re.match('SoftTarget|FitNet|PKT', loss)) for loss in table.loss[1:])]].assign(accuracy=.5)

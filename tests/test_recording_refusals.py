@@ -1,11 +1,14 @@
 "Whatever is not as it was recorded is an error."
 import shutil
+from types import SimpleNamespace
 import pytest, torch
 from fastai.basics import Callback, DataLoaders, TfmdDL
+from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.vision.all import TensorImage, Transform
 from fastdistill import recording
 from fastdistill.callback import KnowledgeDistillationCallback as KD
+from fastdistill.history import Transfer
 from fastdistill.losses import Attention, SoftTarget
 from fastdistill.objective import Match
 from fastdistill.recording import record_teacher
@@ -14,7 +17,7 @@ from fastdistill.ensemble import Ensemble
 from fastdistill.teacher import Teacher
 from torch import nn
 from conftest import data, learner, loaders, net, same_state, state
-from recording_helpers import brighter, cnn, Counting, fit, images, is_another, refuses
+from recording_helpers import brighter, cnn, Counting, fit, images, is_another, refuses, refuses_the_second_batch
 import recording_helpers
 
 def test_another_setup_is_refused_before_the_first_batch(tmp_path):
@@ -57,6 +60,25 @@ def test_changed_inputs_stop_the_fit_in_any_order(tmp_path):
     class Brighter(Callback):
         def before_batch(self): self.learn.xb = (self.x + 0.1,)
     refuses(lambda: learner(dls=dls).fit(1, cbs=[KD(rec), Brighter()]), '8 of 8 items differ')
+
+class Late(Transfer):
+    "Arrives as from a GPU: when somebody waits for it"
+    def __init__(self, sent):
+        super().__init__(sent)
+        self.arrived = SimpleNamespace(synchronize=lambda: None)
+
+def test_checksums_that_arrive_late_stop_the_fit_before_the_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(recording.replay, 'Transfer', Late)
+    rec = record_teacher(net(), data(), tmp_path/'r')
+    refuses_the_second_batch(learner(dls=data()), rec)
+    learner(dls=data()).fit(2, cbs=KD(rec))
+
+def test_inputs_in_half_precision_are_refused(tmp_path):
+    rec = record_teacher(net(), data(), tmp_path/'r')
+    learn = learner(dls=data())
+    learn.dl = learn.dls.train
+    learn.add_cb(NonNativeMixedPrecision())     # a fit with it needs a GPU
+    refuses(lambda: rec.batches(learn), 'rounds them to half precision before. Use `to_fp16`')
 
 def test_what_cannot_be_replayed(tmp_path):
     dls = data()

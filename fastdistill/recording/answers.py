@@ -135,9 +135,14 @@ def decode(self:AnswerFormat,
 ) -> Tensor: # float32
     "Arrays to the logits of a batch"
     is_padded = arrays[0].flatten()[-1:].isnan().any().item()     # before the transfer: here nothing waits for a GPU
-    arrays = [a.to(device) for a in arrays]
+    arrays = [_to(device, a) for a in arrays]
     logits = arrays[0].float() if self.topk is None else self._fill_up(*arrays)
     return _crop(logits) if is_padded else logits
+
+def _to(device, a):
+    "Nothing waits for a GPU that gets its data from pinned memory"
+    if torch.device(device).type != 'cuda': return a.to(device)
+    return a.pin_memory().to(device, non_blocking=True)
 
 @patch
 def _fill_up(self:AnswerFormat, values, classes, rest):

@@ -8,6 +8,7 @@ __all__ = ['TeacherRecording']
 # %% ../../nbs/recording/replay.ipynb #d722ec29
 from os import PathLike
 from pathlib import Path
+from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.rnn import ModelResetter
 from fastcore.basics import patch
 from torch import nn, Tensor
@@ -15,9 +16,10 @@ from .batches import epoch_of, loader_of, Numbered, Seeded
 from .blends import check_blends, seed_blends
 from .files import epochs_text
 from .folders import open_folders
-from .fingerprints import leaves
+from .fingerprints import checksums, leaves
 from .kept import find_kept, RecordedFeatures
-from .same import check_inputs, check_loader, check_together, differences, setup_of
+from .same import check_loader, check_together, compare_checksums, differences, setup_of
+from ..history import Transfer
 from ..teacher import Teacher
 from ..messages import more
 
@@ -40,6 +42,7 @@ class TeacherRecording(Teacher):
         self.align = None
         self.epoch,self.blends = None,[]     # of the running epoch: its batches, what blends them
         self.values,self.in_use = {},[]      # what was read of the running batch, and what its fit compares, by number
+        self.sums = None     # checksums of its inputs, on their way to the CPU
 
     def start(self, device, reset=False, classes=None):
         "Align logits with the student's `Classes`; nothing else has to start"
@@ -61,7 +64,7 @@ class TeacherRecording(Teacher):
         self.align = None
     def _forget_batches(self):
         for b in self.blends: b.remove()
-        self.epoch,self.blends,self.values = None,[],{}
+        self.epoch,self.blends,self.values,self.sums = None,[],{},None
     def choose(self, *xb):
         "A recording has no precision or layout to choose"
         return False
@@ -90,6 +93,7 @@ def batches(self:TeacherRecording,
     (dl,process),running = loader_of(learn.dl),epoch_of(learn.dl)
     check_loader(dl)
     _check_processes(learn, **process)
+    _check_precision(learn)
     check_blends(learn, self)
     h = self.header
     if d := differences(h['setup'], setup_of(learn.dls, dl, h['any_order'], 'classes' in self.data)):
@@ -103,6 +107,11 @@ def batches(self:TeacherRecording,
     self.epoch.recording = self
     self.blends = seed_blends(learn, self.epoch)
     return self.epoch
+
+def _check_precision(learn):
+    if not any(isinstance(cb, NonNativeMixedPrecision) for cb in learn.cbs): return
+    raise ValueError('A recording compares the inputs with those of the teacher, but `to_non_native_fp16` rounds them '
+                     'to half precision before. Use `to_fp16` or `to_bf16`.')
 
 def _check_processes(learn, rank=0, world=1, device=None):
     if world < 2 or not any(isinstance(cb, ModelResetter) for cb in learn.cbs): return
@@ -123,8 +132,15 @@ def files(self:TeacherRecording):
 def check(self:TeacherRecording,
     *xb, # All inputs of a batch
 ):
-    "`ValueError` if this is not the batch that was recorded"
-    check_inputs(self.files, self._rows, xb, self.epoch.dl)
+    "`ValueError` if this is not the batch that was recorded; on a GPU `confirm` raises it"
+    self.sums = Transfer(checksums(*xb))
+    if self.sums.arrived is None or len(self.sums.sent) != len(self._rows): self.confirm()
+
+@patch
+def confirm(self:TeacherRecording):
+    "Wait for the checksums that `check` has sent to the CPU, and compare them"
+    sums,self.sums = self.sums,None
+    if sums is not None: compare_checksums(sums.wait(), self.files, self._rows, self.epoch.dl)
 
 @patch
 def __call__(self:TeacherRecording,
