@@ -327,7 +327,7 @@ bad = {
     'student layer':     (lambda: KD(net(8), Attention, '1.3', '0'), KeyError, "student Sequential has no layer '1.3'.*1.2"),
     'empty layer':       (lambda: KD(net(8), Attention, '', '0'), KeyError, "student Sequential has no layer ''"),
     'student':           (lambda: KD(shared), ValueError, 'is the student or has weights in common'),
-    'student wrapped':   (lambda: KD(nn.DataParallel(shared)), ValueError, 'is the student or has weights in common'),
+    'student wrapped':   (lambda: KD(nn.DataParallel(shared).cpu()), ValueError, 'is the student or has weights in common'),
     'shared part':       (lambda: KD(nn.Sequential(shared[0], *net(4)[1:])), ValueError, 'weights in common'),
     'classes':           (lambda: KD(nn.Sequential(nn.Flatten(), nn.Linear(128,5))), ValueError, r'student \(8, 3\) and teacher \(8, 5\).*number of classes'),
     'classes, MSE':      (lambda: KD(nn.Sequential(nn.Flatten(), nn.Linear(128,1)), nn.MSELoss()), ValueError, r'\(8, 3\) and teacher \(8, 1\)'),

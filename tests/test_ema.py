@@ -330,7 +330,9 @@ def test_features():
     assert [torch.equal(s, t) for s,t in seen] == [True]*2 + [False]*10
     assert ema.steps == 6
 
-@pytest.mark.parametrize('wrap', [nn.DataParallel, partial(torch.compile, backend='eager')], ids=['DataParallel','compile'])
+in_parallel = pytest.param(nn.DataParallel, marks=pytest.mark.skipif(torch.cuda.is_available(), reason='it would put the student on the GPU'))
+
+@pytest.mark.parametrize('wrap', [in_parallel, partial(torch.compile, backend='eager')], ids=['DataParallel','compile'])
 def test_wrapped_students(wrap, dynamo):
     plain,wrapped = net(),net()
     wrapped.load_state_dict(state(plain))

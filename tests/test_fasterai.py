@@ -232,7 +232,7 @@ def test_the_student_is_exported(make, tmp_path):
     learn,x = digits_learner(4),torch.randn(4,1,8,8)
     cb = PruneCallback(0.5, agp, 'local', large_final, example_inputs=x) if make == 'prune' else makes[make]()
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2, cbs=[cb, KD(digits_learner(8))])
-    want = learn.model.eval()(x)
+    want = learn.model.cpu().eval()(x)
     learn.export(tmp_path/'student.pkl')
     assert torch.equal(load_learner(tmp_path/'student.pkl').model.eval()(x), want)
     learn.save(tmp_path/'student')

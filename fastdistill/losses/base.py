@@ -252,6 +252,10 @@ def unit(x):
     x = scaled(x, -1)
     return x / above_0(x.norm(dim=-1, keepdim=True))
 
+def mse(student, teacher):
+    "Mean squared error in the student's precision; some versions of PyTorch have no gradient across two"
+    return F.mse_loss(student, teacher.to(student.dtype))
+
 def kl_div(student, teacher, axis=1):
     "Kullback-Leibler divergence from student to teacher, both log-probabilities, summed over `axis`"
     return F.kl_div(student, teacher, reduction='none', log_target=True).sum(axis)

@@ -9,7 +9,7 @@ __all__ = ['ReviewKD']
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
-from .base import FeatureLoss, check_above, full_precision, n_channels
+from .base import FeatureLoss, check_above, full_precision, mse, n_channels
 from .projected import check_varied
 
 # %% ../../nbs/losses/fused.ipynb #c8a078c8
@@ -51,9 +51,9 @@ def pyramid_loss(
     t, # Teacher's map, same shape
 ): # Scalar
     "Mean squared error at full size and pooled, each half as important as the one before"
-    losses,size = [F.mse_loss(s, t)],min(s.shape[2:])
+    losses,size = [mse(s, t)],min(s.shape[2:])
     for n in (4,2,1):
-        if n < size: losses.append(F.mse_loss(*(F.adaptive_avg_pool2d(x, n) for x in (s,t))))
+        if n < size: losses.append(mse(*(F.adaptive_avg_pool2d(x, n) for x in (s,t))))
     weights = [0.5**i for i in range(len(losses))]
     return sum(w*l for w,l in zip(weights, losses)) / sum(weights)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .base import (Loss, check_above, check_at_least, check_items, check_logits, full_precision, kl_div,
-                                     scaled, shapes)
+                                     mse, scaled, shapes)
 
 # %% ../../nbs/losses/predictions.ipynb #7d11c04e
 def zscore(x, axis):
@@ -53,7 +53,7 @@ class Logits(Loss):
         "Raises `ValueError` for different shapes"
         if student.shape != teacher.shape:
             raise ValueError(f'Expected logits of one shape, but got {shapes(student, teacher)}')
-        return F.mse_loss(student, teacher)
+        return mse(student, teacher)
 
 # %% ../../nbs/losses/predictions.ipynb #6ebfa089
 class HardTarget(Loss):

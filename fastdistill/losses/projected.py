@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from .base import (FeatureLoss, channel_axis, check_above, check_features, full_precision,
-                                     loss_needs, n_channels, same_positions)
+                                     loss_needs, mse, n_channels, same_positions)
 
 # %% ../../nbs/losses/projected.ipynb #b6cd4237
 def create_projector(
@@ -94,9 +94,9 @@ class FitNet(FeatureLoss):
         "Raises `ValueError` for different kinds of features, and for different channels without a projector"
         check_features(fm_student, fm_teacher, self.kinds, same_channels=self.projector is None)
         s,t = same_positions(fm_student, fm_teacher)
-        if self.projector is None: return F.mse_loss(s, t)
+        if self.projector is None: return mse(s, t)
         check_varied(s)
-        return F.mse_loss(self.projector(s), t)
+        return mse(self.projector(s), t)
 
 # %% ../../nbs/losses/projected.ipynb #cdc1bb5e
 class VID(FeatureLoss):
@@ -185,7 +185,7 @@ class MGD(FeatureLoss):
         if self.generate is None:
             raise ValueError('Expected a loss with convolutions to train: `build(student, teacher)` makes them')
         s,t = same_positions(fm_student, fm_teacher)
-        return F.mse_loss(self.generate(self.masked(s if self.align is None else self.align(s))), t)
+        return mse(self.generate(self.masked(s if self.align is None else self.align(s))), t)
 
 # %% ../../nbs/losses/projected.ipynb #c5151cdc
 def negative_mean(

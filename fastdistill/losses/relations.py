@@ -9,7 +9,7 @@ __all__ = ['Similarity', 'RKD', 'PKT']
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .base import (FeatureLoss, above_0, check_above, check_at_least, full_precision, scaled,
+from .base import (FeatureLoss, above_0, check_above, check_at_least, full_precision, mse, scaled,
                                      unit)
 
 # %% ../../nbs/losses/relations.ipynb #8d6c1a52
@@ -29,7 +29,7 @@ class Similarity(FeatureLoss):
     ) -> Tensor: # Scalar: averaged over pairs of items
         "Raises `ValueError` for different kinds of features and for a batch of one item"
         self.check(fm_student, fm_teacher)
-        return F.mse_loss(*(unit(_gram(f.flatten(1))) for f in (fm_student,fm_teacher)))
+        return mse(*(unit(_gram(f.flatten(1))) for f in (fm_student,fm_teacher)))
 
 # %% ../../nbs/losses/relations.ipynb #55c72fdd
 def mean_over_positions(x):
