@@ -6,6 +6,8 @@ BEANS has train/class/name.jpg, validation/... and test/.... Images have 64 pixe
 Teachers are three ResNet18, 40 epochs, whose answers to ten epochs of such images are recorded and repeated. Students are MobileNetV2, some of a quarter of
 the width. With "10 % of the labels" the student sees all images, but only 103 labels; alone it takes as many steps with these 103. FOLDER keeps teachers and
 recordings. Rows go to benchmarks/beans_settings.csv: `valid` is the accuracy on 133 photographs, `test` on 128, after the last epoch.
+
+The first two groups and the last three were run on different days, with teachers that were trained anew: both kinds of rows are in the table.
 """
 import argparse, math
 from dataclasses import dataclass
