@@ -254,7 +254,7 @@ def check(self:Teacher,
 
 @patch
 def confirm(self:Teacher):
-    "Called before the step: raise what `check` could not tell without a wait for the GPU"
+    "Called before the step: raise the errors for which `check` would have to wait for a GPU"
 
 # %% ../nbs/teacher.ipynb #36adafbf
 @patch

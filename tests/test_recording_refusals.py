@@ -78,7 +78,7 @@ def test_inputs_in_half_precision_are_refused(tmp_path):
     learn = learner(dls=data())
     learn.dl = learn.dls.train
     learn.add_cb(NonNativeMixedPrecision())     # a fit with it needs a GPU
-    refuses(lambda: rec.batches(learn), 'rounds them to half precision before. Use `to_fp16`')
+    refuses(lambda: rec.batches(learn), 'to half precision first. Use `to_fp16`')
 
 def test_what_cannot_be_replayed(tmp_path):
     dls = data()

@@ -110,8 +110,8 @@ def batches(self:TeacherRecording,
 
 def _check_precision(learn):
     if not any(isinstance(cb, NonNativeMixedPrecision) for cb in learn.cbs): return
-    raise ValueError('A recording compares the inputs with those of the teacher, but `to_non_native_fp16` rounds them '
-                     'to half precision before. Use `to_fp16` or `to_bf16`.')
+    raise ValueError('A recording compares the inputs with those that the teacher saw, but `to_non_native_fp16` rounds '
+                     'them to half precision first. Use `to_fp16` or `to_bf16`.')
 
 def _check_processes(learn, rank=0, world=1, device=None):
     if world < 2 or not any(isinstance(cb, ModelResetter) for cb in learn.cbs): return
