@@ -14,7 +14,7 @@ and all students in cifar100_cpu.csv learn from it. Delete both to begin with a 
 
 On a CPU one recording of the teacher, with crops and flips, serves all students; the student alone sees the same batches. OFD compares features before
 their activation and asks the teacher itself. "Four times the task loss" has no teacher: it shows what a larger gradient does alone. On a GPU the images
-lie on the device, students train in bfloat16, and the teacher, `Teacher(fast=True)`, is asked in each batch. Steps of 64 images leave a GPU idle; with
+lie on the device, students train in bfloat16, and the teacher, `Teacher(fast=True)`, is asked in each batch. Steps of 64 images are small for a GPU; with
 `--batch 256` the learning rate is four times as large, and rises to it during the first 2 % of the training.
 """
 import argparse, time, zipfile

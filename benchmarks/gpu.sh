@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that has never run on a GPU, in under twenty minutes and without the network, as one report.
+# All that needs a GPU, in under twenty minutes and without the network, as one report.
 #
 #     bash benchmarks/gpu.sh FOLDER                    # FOLDER/report.md
 #     bash benchmarks/gpu.sh FOLDER cifar100.zip       # with a short run of benchmarks/cifar100.py
