@@ -52,7 +52,13 @@ class WeightSearch:
         how = 'No weight is better than the student alone' if not best['weight'] else \
               'Best: ' + ', '.join(f'{k}={v:g}' for k,v in best.items())
         seeds = f'{n} seeds.' if n > 1 else 'One seed says nothing about the spread.'
-        return f'{how}, by {self.monitor}. {seeds}'
+        return f'{how}, by {self.monitor}. {self._at_the_end()}{seeds}'
+
+    def _at_the_end(self):
+        "A sentence if the best weight is the smallest or the largest of several: one beyond it may be better"
+        tried,best = sorted(set(self.table.weight) - {0}),self.suggestion['weight']
+        if len(tried) < 2 or best not in (tried[0],tried[-1]): return ''
+        return 'No weight between 0 and this one was tried. ' if best == tried[0] else 'No larger weight was tried. '
     def __repr__(self): return f'{self.means.to_string(index=False, na_rep="")}\n\n{self._text()}'
     def _repr_html_(self): return f'{self.means.to_html(index=False, na_rep="")}<p>{escape(self._text())}</p>'
 

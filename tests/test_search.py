@@ -47,6 +47,14 @@ def test_weight_finder_suggests_the_best(trained):
     assert alone.suggestion == dict(weight=0) and 'No weight is better' in repr(alone) and '2 seeds' in alone._repr_html_()
     assert len(search('accuracy', *rows).plot().lines) == 2*2+1
 
+def test_weight_finder_says_if_the_best_weight_is_at_an_end():
+    def text(*accuracies):
+        weights = [0.,.1,.3,.9][:len(accuracies)]
+        return repr(WeightSearch(pd.DataFrame({'weight':weights, 'seed':0, 'accuracy':accuracies}), 'accuracy'))
+    assert 'No weight between 0 and this one was tried' in text(.5,.8,.7,.6)
+    assert 'No larger weight was tried' in text(.5,.6,.7,.8)
+    for between in (text(.5,.6,.8,.7), text(.9,.6,.8,.7), text(.5,.6)): assert 'was tried' not in between
+
 def test_less_is_better_for_some_metrics():
     "Each of fastai's metrics is judged the right way; where a name does not tell, `valid_loss` decides or the user says"
     from fastai import metrics as M
