@@ -121,9 +121,10 @@ def _add_agreement(runs, teacher):
 
 def _summary(table):
     "Means over runs, and standard deviations where there are several"
-    spreads = table.std() if len(table) > 1 else None
+    # without `skipna`, a run that diverged would not show
+    spreads = table.std(skipna=False) if len(table) > 1 else None
     found = {}
-    for k,mean in table.mean().items():
+    for k,mean in table.mean(skipna=False).items():
         found[k] = mean
         if spreads is not None: found[f'{k} ±'] = spreads[k]
     return found
@@ -131,7 +132,7 @@ def _summary(table):
 def _gains(table, base, names):
     "Differences in metrics that both have: seed by seed, or from the mean where the numbers of seeds differ"
     names = [n for n in names if n in table]
-    gains = table[names] - (base[names] if len(table) == len(base) else base[names].mean())
+    gains = table[names] - (base[names] if len(table) == len(base) else base[names].mean(skipna=False))
     return gains.add_prefix('gain in ')
 
 # %% ../nbs/compare.ipynb #b4135733
@@ -160,7 +161,13 @@ class Comparison(pd.DataFrame):
         if seeds > 1: spread = f'{seeds} seeds, ± is their standard deviation.'
         times = f'median of {self.attrs.get("n")} passes on {self.attrs.get("device")}'
         files = f' ONNX files: {self.attrs["files"]}.' if self.attrs.get('files') else ''
-        return f'{spread} Times: {times}, ± half the range of the middle half.{files} KL in nats.'
+        return f'{spread} Times: {times}, ± half the range of the middle half.{files} KL in nats.{self._diverged()}'
+
+    def _diverged(self):
+        "A sentence on models whose loss is missing though that of others is not"
+        loss = self.get('valid_loss', pd.Series(dtype=float))
+        names = ', '.join(map(str, loss.index[loss.isna()])) if loss.notna().any() else ''
+        return f' The valid_loss of {names} is not finite.' if names else ''
 
     def __repr__(self): return f'{self.shown().to_string()}\n\n{self.note()}'
     def _repr_html_(self): return f'{self.shown().to_html()}<p>{escape(self.note())}</p>'

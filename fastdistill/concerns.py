@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['look', 'concerns', 'other_data', 'no_better_than_chance', 'says_guessing', 'guessing', 'flat_targets', 'no_labels',
-           'check_finite']
+           'NotFinite', 'check_finite']
 
 # %% ../nbs/concerns.ipynb #84083f1a
 import math
@@ -148,11 +148,13 @@ def no_labels(
             'would do' for m in batch.objective.terms if m.needs.needs_targ]
 
 # %% ../nbs/concerns.ipynb #50e67c4c
+class NotFinite(ValueError): "A distillation loss, or the teacher's answer, is not finite"
+
 def check_finite(
     batch, # A `Batch`, after its losses
     terms:list, # The values of the terms, as numbers
 ):
-    "Raise `ValueError` if a term or its teacher is not finite, and say which"
+    "Raise `NotFinite` if a term or its teacher is not finite, and say which"
     student = batch.pred.isfinite().all().float()
     if num_distrib() > 1: student = maybe_gather(student)
     if student < 1: return
@@ -160,9 +162,9 @@ def check_finite(
     found = [(m, l, {"the teacher's answer":finite(t), "the student's features":finite(s)})
              for m,l,(s,t) in zip(batch.objective.terms, terms, batch.features)]
     bad = [o for o in found if not math.isfinite(o[1])] or [o for o in found if not all(o[2].values())]
-    if bad: raise ValueError(_not_finite(*bad[0]) + more('not-finite'))
+    if bad: raise NotFinite(_not_finite(*bad[0]) + more('not-finite'))
     if num_distrib() > 1:
-        raise ValueError('The distillation loss, or the teacher\'s answer, is not finite in another process')
+        raise NotFinite('The distillation loss, or the teacher\'s answer, is not finite in another process')
     # else each is finite and only their sum is not
 
 def _not_finite(m, loss, parts):

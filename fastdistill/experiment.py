@@ -25,6 +25,7 @@ from .digits import digits_learner
 from .interpret import DistillationInterpretation
 from .losses.features import Attention
 from .losses.predictions import SoftTarget
+from .measure import epoch_values
 from .objective import Match
 from .plots import no_formulas
 from .report import write_report
@@ -99,7 +100,7 @@ def train_students(
             start,learn = time.perf_counter(),new_student()
             with learn.no_logging(), _in_all_processes(learn): learn.fit_one_cycle(epochs, lr, cbs=new_cbs())
             i = learn.recorder.metric_names.index(metric) - 1
-            values = [v[i] for v in learn.recorder.values]
+            values = [v[i] for v in epoch_values(learn, epochs)]
             rows += [{'method':name, 'seed':seed, 'epoch':e+1, metric:v} for e,v in enumerate(values)]
             learners.setdefault(name, []).append(learn)
             print_once(f'{name}, seed {seed}: {metric} {values[-1]:.3f} ({time.perf_counter()-start:.0f} s)')

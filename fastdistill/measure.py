@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['model_size', 'multiply_adds', 'time_forward', 'calibration_error', 'agreement', 'TeacherModule', 'started',
-           'validate_teacher', 'comp_for']
+           'validate_teacher', 'epoch_values', 'comp_for']
 
 # %% ../nbs/measure.ipynb #4e48b8ef
 import math, re, time
@@ -75,8 +75,9 @@ def calibration_error(
     targ:Tensor, # (B,), integer classes
     n_bins:int=15, # Bins of confidence, of equal width
 ) -> float: # From 0 to 1
-    "Expected calibration error, of [Guo 2017](https://arxiv.org/abs/1706.04599)"
+    "Expected calibration error, of [Guo 2017](https://arxiv.org/abs/1706.04599); NaN if a probability is"
     conf,pred = logits.float().softmax(1).max(1)
+    if conf.isnan().any(): return math.nan
     bins,right = (conf*n_bins).ceil().clamp(1, n_bins).long()-1,(pred == targ).float()
     gaps = torch.bincount(bins.cpu(), (right - conf).cpu(), n_bins)
     return (gaps.abs().sum()/len(logits)).item()
@@ -175,6 +176,17 @@ def validate_teacher(
         with started(teacher, learn): *values,right = learn.validate(dl=dl, cbs=_TeacherAnswers(teacher))
     finally: learn.metrics = metrics
     return values,right
+
+# %% ../nbs/measure.ipynb #ep0c0002
+def epoch_values(
+    learn:Learner, # A learner, after a fit
+    n_epoch:int, # Number of epochs that were asked for
+) -> list: # For each epoch, a list of losses and metrics
+    "What the recorder kept of a fit; the last row is NaN if a callback ended the fit because it diverged"
+    names,rows = learn.recorder.metric_names[1:],list(learn.recorder.values)
+    # `TerminateOnNaNCallback` ends the fit before the row of its epoch
+    diverged = len(rows) < n_epoch and not all(p.isfinite().all() for p in learn.model.parameters())
+    return [*rows, [math.nan]*len(names)] if diverged or not rows else rows
 
 # %% ../nbs/measure.ipynb #59497daf
 _less_is_better = {'loss','error','mae','mse','rmse','msle','rmspe','perplexity'}

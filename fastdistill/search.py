@@ -18,12 +18,17 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from .callback import KnowledgeDistillationCallback
 from .check import callback_of
-from .measure import comp_for
+from .concerns import NotFinite
+from .measure import comp_for, epoch_values
 from .unlabelled import has_labels
 from .untouched import untouched
 from .valid_agreement import teacher_to_agree_with
 
 # %% ../nbs/search.ipynb #27852e72
+# where a fit diverged there is no mean
+def _mean(values): return values.mean(skipna=False)
+def _std(values): return values.std(skipna=False)
+
 class WeightSearch:
     "The result of `weight_finder`: `table` has a row for each fit, `suggestion` the best weight and temperature"
     def __init__(self,
@@ -37,22 +42,29 @@ class WeightSearch:
     def means(self): # DataFrame
         "Mean of `monitor` for each weight and temperature, and the standard deviation if there are several seeds"
         keys = [k for k in ('weight','T') if k in self.table]
-        figures = ['mean','std'] if self.table.seed.nunique() > 1 else ['mean']
-        return self.table.groupby(keys, sort=False, dropna=False)[self.monitor].agg(figures).reset_index()
+        figures = dict(mean=_mean, std=_std) if self.table.seed.nunique() > 1 else dict(mean=_mean)
+        return self.table.groupby(keys, sort=False, dropna=False)[self.monitor].agg(**figures).reset_index()
 
     @property
     def suggestion(self): # Dictionary
-        "The best weight, and the best temperature if several were tried"
-        means = self.means
+        "The best weight, and the best temperature if several were tried; `ValueError` if all fits diverged"
+        means = self.means.dropna(subset='mean')
+        if means.empty: raise ValueError(f'No weight can be suggested. {self._diverged()}')
         row = means.loc[means['mean'].idxmin() if self.comp(0, 1) else means['mean'].idxmax()]
         return {k:float(row[k]) for k in ('weight','T') if k in row and not math.isnan(row[k])}
 
+    def _diverged(self):
+        "A sentence if some fits have no value of `monitor`"
+        n = self.table[self.monitor].isna().sum()
+        return f'{n} of {len(self.table)} fits ended with nan as {self.monitor}. Smaller weights or a lower learning rate may help. ' if n else ''
+
     def _text(self):
+        if self.table[self.monitor].isna().all(): return self._diverged()
         n,best = self.table.seed.nunique(),self.suggestion
         how = 'No weight is better than the student alone' if not best['weight'] else \
               'Best: ' + ', '.join(f'{k}={v:g}' for k,v in best.items())
         seeds = f'{n} seeds.' if n > 1 else 'One seed says nothing about the spread.'
-        return f'{how}, by {self.monitor}. {self._at_the_end()}{seeds}'
+        return f'{how}, by {self.monitor}. {self._at_the_end()}{self._diverged()}{seeds}'
 
     def _at_the_end(self):
         "A sentence if the best weight is the smallest or the largest of several: one beyond it may be better"
@@ -71,7 +83,7 @@ def plot(self:WeightSearch,
     ax = ax or plt.subplots(figsize=(7,3.5), layout='constrained')[1]
     alone,tried = self.table[self.table.weight == 0],self.table[self.table.weight > 0]
     for T,rows in tried.groupby('T') if 'T' in tried else [(None, tried)]:
-        means = rows.groupby('weight')[self.monitor].mean()
+        means = rows.groupby('weight')[self.monitor].agg(_mean)
         line, = ax.plot(means.index, means, label='distilled' if T is None else f'T={T:g}')
         ax.plot(rows.weight, rows[self.monitor], 'o', color=line.get_color(), ms=4)
     ax.axhline(alone[self.monitor].mean(), color='#888888', ls='--', label='student alone')
@@ -112,17 +124,21 @@ def weight_finder(self:Learner,
     monitor:str=None, # Column to compare; default: first metric with a known direction, or `valid_loss`
     comp=None, # `np.less` if a lower `monitor` is better, `np.greater` if a higher one is
 ) -> WeightSearch: # A table with a suggestion
-    "Try weights, and temperatures, in short fits; the learner is not changed"
+    "Try weights, and temperatures, in short fits; the learner is not changed. `ValueError` if each fit with a teacher fails"
     kd = callback_of(self, kd)
     if temperatures and not any(m.needs.T for m in kd.matches):
         raise ValueError(f'Expected a loss with a temperature, but got {", ".join(map(str, kd.matches))}')
     monitor = monitor_of(self, kd, monitor, comp)
     tried = [(0., None)] + [(float(w), T) for T in temperatures or [None] for w in weights if w]
-    rows = []
+    rows,errors = [],[]
     for w,T,seed in progress_bar([(*o, s) for o in tried for s in range(seeds)], leave=False):
         trial = KnowledgeDistillationCallback(kd.teacher, kd.objective.replace(w, T=T))
-        values = _try(self, trial, n_epoch, lr, seed)
+        try: values = _try(self, trial, n_epoch, lr, seed)
+        except NotFinite as e:     # this weight may be too large, others may do
+            values = {monitor:math.nan}
+            errors.append(e)
         rows.append({'weight':w, **({'T':T} if temperatures else {}), 'seed':seed, **values})
+    if errors and len(errors) >= sum(r['weight'] > 0 for r in rows): raise errors[0]
     return WeightSearch(pd.DataFrame(rows), monitor, comp)
 
 def _try(learn, kd, n_epoch, lr, seed):
@@ -132,4 +148,4 @@ def _try(learn, kd, n_epoch, lr, seed):
         set_seed(seed)
         for dl in getattr(learn.dls, 'loaders', []): dl.rng = random.Random(seed)     # which shuffles
         learn.fit_one_cycle(n_epoch, lr, cbs=kd)
-        return dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+        return dict(zip(learn.recorder.metric_names[1:], epoch_values(learn, n_epoch)[-1]))

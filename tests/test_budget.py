@@ -184,6 +184,19 @@ def find(folder, dls=None, teacher=None, **args):
     with redirect_stdout(io.StringIO()) as out: found = find_student(teacher or learner(net(8), dls), dls, **args)
     return found,out.getvalue()
 
+def finals(*losses):
+    "A full training of two seeds and two epochs each"
+    return pd.DataFrame(dict(seed=[0,0,1,1], epoch=[1,2,1,2], valid_loss=losses))
+
+def test_a_full_training_that_diverged_is_not_the_best():
+    "pandas would take the epoch before it, and leave the seed out of the mean"
+    found = FoundStudent(None, None, 'valid_loss', True, 1)
+    broken,good = (dict(student=s, loss='SoftTarget', weight=.5) for s in ('broken','good'))
+    found.add_finals([(broken, finals(.1, np.nan, .1, .1), {}), (good, finals(.9, .8, .9, .6), {})])
+    assert found.best == good and found.finals.valid_loss.tolist() == pytest.approx([.7,np.nan], nan_ok=True)
+    with pytest.raises(ValueError, match='with every seed. Give a smaller lr'): found.add_finals([(broken, finals(.1, np.nan, .1, .1), {})])
+    assert found.best == good
+
 def test_found(tmp_path):
     teacher = learner(net(8))
     before = state(teacher.model)

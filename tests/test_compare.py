@@ -25,6 +25,15 @@ def learners():
         return learn
     return dict(teacher=fit(8), scratch=[fit(4), fit(4), fit(4)], distilled=[fit(4), fit(4), fit(4)])
 
+def test_a_run_that_diverged_shows(learners):
+    "pandas would leave it out of the mean"
+    broken = learner(net(4), data(64, 16))
+    with torch.no_grad(): next(broken.model.parameters()).fill_(np.nan)
+    table = compare(dict(alone=learners['scratch'], student=[*learners['distilled'][:2],broken], two=learners['distilled'][:2]), baseline='alone')
+    columns = ['valid_loss','valid_loss ±','calibration error','gain in accuracy']
+    assert table.loc['student',columns].isna().tolist() == [True,True,True,False] and table.loc[['alone','two'],columns[:3]].notna().all(None)
+    assert 'The valid_loss of student is not finite.' in repr(table)
+
 def answers(learn):
     x,y = learn.dls.valid.one_batch()
     with torch.no_grad(): return learn.model.eval()(x),y

@@ -1,8 +1,9 @@
 "A weight and a temperature by short fits, judged by a metric."
 import random
 from copy import deepcopy
-import numpy as np, pandas as pd, pytest, torch
-from fastai.basics import Callback, Learner, set_seed
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, pytest, torch
+from fastai.basics import accuracy, Callback, Learner, set_seed
+from fastai.callback.tracker import TerminateOnNaNCallback
 from torch import nn
 from torch.nn import functional as F
 from conftest import data, learner, loaders, net
@@ -54,6 +55,40 @@ def test_weight_finder_says_if_the_best_weight_is_at_an_end():
     assert 'No weight between 0 and this one was tried' in text(.5,.8,.7,.6)
     assert 'No larger weight was tried' in text(.5,.6,.7,.8)
     for between in (text(.5,.6,.8,.7), text(.9,.6,.8,.7), text(.5,.6)): assert 'was tried' not in between
+
+def test_a_weight_with_which_a_fit_diverged_is_never_the_best():
+    "pandas would leave NaN out of a mean, so that one good seed of two would do"
+    def search(*losses): return WeightSearch(pd.DataFrame(dict(weight=[0.,0.,.5,.5], seed=[0,1,0,1], valid_loss=losses)), 'valid_loss')
+    one = search(1., 1.2, np.nan, .5)
+    assert one.suggestion == dict(weight=0) and one.means['mean'].isna().tolist() == [False,True]
+    assert '1 of 4 fits ended with nan as valid_loss' in repr(one)
+    every = search(*[np.nan]*4)
+    assert '4 of 4 fits ended with nan' in repr(every) and '4 of 4' in every._repr_html_()
+    with pytest.raises(ValueError, match='No weight can be suggested. 4 of 4 fits'): every.suggestion
+    for found in (one, every): plt.close(found.plot().figure)
+
+@pytest.mark.parametrize('n_epoch, first', [(1,0),(2,1)], ids=['first epoch','second epoch'])
+def test_weight_finder_goes_on_where_a_fit_ends_because_it_diverged(trained, n_epoch, first):
+    "`TerminateOnNaNCallback` ends such a fit, before its first row or after it"
+    def break_at(self):
+        kd = getattr(self.learn, 'knowledge_distillation', None)
+        if self.training and self.epoch == first and kd.weight == .9: self.learn.loss_grad = self.learn.loss = self.loss*np.nan
+    learn = Learner(data(), net(), loss_func=F.cross_entropy, metrics=accuracy, cbs=[TerminateOnNaNCallback(), Callback(before_backward=break_at)])
+    with learn.no_bar(): found = learn.weight_finder(KnowledgeDistillationCallback(trained), weights=[.5,.9], n_epoch=n_epoch)
+    assert found.table.accuracy.isna().tolist() == [False,False,True] and '1 of 3 fits ended with nan' in repr(found)
+
+def test_weight_finder_goes_on_after_a_weight_that_is_too_large(trained):
+    "A loss that overflows ends its fit with an error, and the other weights are still tried; an error of all weights is raised"
+    def overflows(s, t): return (s-t).square().mean() * (np.inf if over(trying[0]) else 1)
+    trying = [0.]
+    def note(self): trying[0] = getattr(getattr(self.learn, 'knowledge_distillation', None), 'weight', 0.)
+    learn = learner(net(), data(), cbs=Callback(before_fit=note))
+    over = lambda weight: weight == .9
+    found = learn.weight_finder(KnowledgeDistillationCallback(trained, overflows), weights=[.5,.9])
+    assert found.table.accuracy.isna().tolist() == [False,False,True] and '1 of 3 fits ended with nan' in repr(found)
+    assert len(learn.weight_finder(KnowledgeDistillationCallback(trained, overflows), weights=[]).table) == 1
+    over = lambda weight: True
+    with pytest.raises(ValueError, match='overflows is inf'): learn.weight_finder(KnowledgeDistillationCallback(trained, overflows), weights=[.5,.9])
 
 def test_less_is_better_for_some_metrics():
     "Each of fastai's metrics is judged the right way; where a name does not tell, `valid_loss` decides or the user says"

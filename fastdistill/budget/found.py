@@ -51,10 +51,13 @@ class FoundStudent:
     def add_finals(self,
         finals:list, # For each full training: dictionary of student, loss and weight; runs; learners
     ):
-        "Add the combinations that were trained in full; then `best` is the best of them"
-        last = [runs.groupby('seed')[self.monitor].last() for _,runs,_ in finals]
-        rows = [{**b, self.monitor:v.mean(), '±':v.std()} for (b,*_),v in zip(finals, last)]
-        self.finals = pd.DataFrame(rows).sort_values(self.monitor, ascending=self.less, kind='stable')
+        "Add the combinations that were trained in full; then `best` is the best of those that did not diverge"
+        last = [runs.groupby('seed')[self.monitor].agg(lambda v: v.iloc[-1]) for _,runs,_ in finals]
+        rows = [{**b, self.monitor:v.mean(skipna=False), '±':v.std(skipna=False)} for (b,*_),v in zip(finals, last)]
+        table = pd.DataFrame(rows).sort_values(self.monitor, ascending=self.less, kind='stable')
+        if table[self.monitor].isna().all():
+            raise ValueError(f'No combination ended with a finite {self.monitor} with every seed. Give a smaller lr.')
+        self.finals = table
 
     @property
     def best(self) -> dict:
