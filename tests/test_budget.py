@@ -222,6 +222,17 @@ def test_found(tmp_path):
     again,out = find(tmp_path/'search', teacher=teacher, losses=dict(soft=SoftTarget(), maps=Match(Attention, ['0'], ['0'])), finalists=3)
     assert '4 of 4 short fits were made before' in out and again.best == found.best and again.runs.equals(found.runs)
 
+def test_a_full_training_that_fails_does_not_end_the_others(tmp_path):
+    "Its loss overflows, but only in the full training, which has two epochs"
+    full = [False]
+    def note(self): full[0] = self.n_epoch == 2
+    def overflows(s, t): return (s-t).square().mean() * (np.inf if full[0] else 1)
+    dls = data()
+    def student(): return learner(net(2), dls, cbs=Callback(before_fit=note))
+    found,out = find(tmp_path, dls, students=dict(one=student), losses=dict(soft=SoftTarget(), late=overflows))
+    assert found.best['loss'] == 'soft' and len(found.finals) == 1 and 'Left out: overflows is inf' in out
+    with pytest.raises(ValueError, match='overflows is inf'): find(tmp_path, dls, students=dict(one=student), losses=dict(late=overflows))
+
 def result(less, max_ms=3.):
     "Five students: one that is too slow, and one that was stopped"
     names = ['a','b','c','d','$e']

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 from fastai.basics import DataLoaders, Learner
 from ..callback import KnowledgeDistillationCallback
+from ..concerns import NotFinite
 from ..ensemble import as_teacher
 from ..experiment import print_once, train_students, with_teacher
 from ..images import in_brief
@@ -117,11 +118,15 @@ def _train(found, asked, losses, n_epoch, lr, seeds, n_finalists):
         name = kw['name'] if kw else 'scratch'
         methods = with_teacher(asked, {name:{k:v for k,v in kw.items() if k != 'name'}})
         return train_students(partial(found.candidates.learner, student), methods, n_epoch, lr, seeds, found.monitor)
-    finals = []
+    finals,error = [],None
     for b in found.finalists(n_finalists):
         print_once(f'In full: {b["student"]}, {b["loss"]}, weight {b["weight"]:g}')
-        runs,learners = train(b['student'], dict(name=b['loss'], loss=losses[b['loss']], weight=b['weight']))
-        finals.append((b, runs, learners))
+        kw = dict(name=b['loss'], loss=losses[b['loss']], weight=b['weight'])
+        try: finals.append((b, *train(b['student'], kw)))
+        except NotFinite as e:
+            print_once(f'Left out: {in_brief(e)}')
+            error = e
+    if not finals: raise error
     found.add_finals(finals)
     _,runs,learners = finals[found.finals.index[0]]
     alone,learners_alone = train(found.best['student'], {})
