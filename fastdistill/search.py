@@ -7,7 +7,7 @@ __all__ = ['WeightSearch', 'monitor_of']
 
 # %% ../nbs/search.ipynb #50fe6e14
 import math, random
-from copy import deepcopy
+from contextlib import contextmanager
 from html import escape
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -130,16 +130,25 @@ def weight_finder(self:Learner,
         raise ValueError(f'Expected a loss with a temperature, but got {", ".join(map(str, kd.matches))}')
     monitor = monitor_of(self, kd, monitor, comp)
     tried = [(0., None)] + [(float(w), T) for T in temperatures or [None] for w in weights if w]
-    rows,errors = [],[]
-    for w,T,seed in progress_bar([(*o, s) for o in tried for s in range(seeds)], leave=False):
-        trial = KnowledgeDistillationCallback(kd.teacher, kd.objective.replace(w, T=T))
-        try: values = _try(self, trial, n_epoch, lr, seed)
-        except NotFinite as e:     # this weight may be too large, others may do
-            values = {monitor:math.nan}
-            errors.append(e)
-        rows.append({'weight':w, **({'T':T} if temperatures else {}), 'seed':seed, **values})
+    fits,rows,errors = [(*o, s) for o in tried for s in range(seeds)],[],[]
+    with _shown_if_stopped(rows, len(fits), monitor, comp):
+        for w,T,seed in progress_bar(fits, leave=False):
+            trial = KnowledgeDistillationCallback(kd.teacher, kd.objective.replace(w, T=T))
+            try: values = _try(self, trial, n_epoch, lr, seed)
+            except NotFinite as e:     # this weight may be too large, others may do
+                values = {monitor:math.nan}
+                errors.append(e)
+            rows.append({'weight':w, **({'T':T} if temperatures else {}), 'seed':seed, **values})
     if errors and len(errors) >= sum(r['weight'] > 0 for r in rows): raise errors[0]
     return WeightSearch(pd.DataFrame(rows), monitor, comp)
+
+@contextmanager
+def _shown_if_stopped(rows, n, monitor, comp):
+    "Ctrl-C prints what the fits before it gave"
+    try: yield
+    except KeyboardInterrupt:
+        if rows: print(f'Stopped after {len(rows)} of {n} fits.\n\n{WeightSearch(pd.DataFrame(rows), monitor, comp)}')
+        raise
 
 def _try(learn, kd, n_epoch, lr, seed):
     "Losses and metrics at the end of a short fit with `kd`, by name"

@@ -90,6 +90,16 @@ def test_weight_finder_goes_on_after_a_weight_that_is_too_large(trained):
     over = lambda weight: True
     with pytest.raises(ValueError, match='overflows is inf'): learn.weight_finder(KnowledgeDistillationCallback(trained, overflows), weights=[.5,.9])
 
+def test_a_weight_search_that_is_stopped_shows_what_it_found(trained, capsys):
+    def stop(self):
+        if getattr(getattr(self.learn, 'knowledge_distillation', None), 'weight', 0) == .9: raise KeyboardInterrupt
+    learn = learner(net(), data(), cbs=Callback(before_epoch=stop))
+    before = deepcopy(learn.model.state_dict())
+    with pytest.raises(KeyboardInterrupt): learn.weight_finder(KnowledgeDistillationCallback(trained), weights=[.5,.9])
+    out = capsys.readouterr().out
+    assert 'Stopped after 2 of 3 fits.' in out and '0.5' in out and 'by accuracy' in out
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+
 def test_less_is_better_for_some_metrics():
     "Each of fastai's metrics is judged the right way; where a name does not tell, `valid_loss` decides or the user says"
     from fastai import metrics as M
