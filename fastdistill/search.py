@@ -56,7 +56,8 @@ class WeightSearch:
     def _diverged(self):
         "A sentence if some fits have no value of `monitor`"
         n = self.table[self.monitor].isna().sum()
-        return f'{n} of {len(self.table)} fits ended with nan as {self.monitor}. Smaller weights or a lower learning rate may help. ' if n else ''
+        return (f'{n} of {len(self.table)} fits ended with nan as {self.monitor}. '
+                'Smaller weights or a lower learning rate may help. ') if n else ''
 
     def _text(self):
         if self.table[self.monitor].isna().all(): return self._diverged()
@@ -124,7 +125,7 @@ def weight_finder(self:Learner,
     monitor:str=None, # Column to compare; default: first metric with a known direction, or `valid_loss`
     comp=None, # `np.less` if a lower `monitor` is better, `np.greater` if a higher one is
 ) -> WeightSearch: # A table with a suggestion
-    "Try weights, and temperatures, in short fits; the learner is not changed. `ValueError` if each fit with a teacher fails"
+    "Try weights, and temperatures, in short fits; the learner is not changed"
     kd = callback_of(self, kd)
     if temperatures and not any(m.needs.T for m in kd.matches):
         raise ValueError(f'Expected a loss with a temperature, but got {", ".join(map(str, kd.matches))}')
