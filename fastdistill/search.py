@@ -80,7 +80,7 @@ class WeightSearch:
 def plot(self:WeightSearch,
     ax=None, # Matplotlib axes
 ): # Matplotlib axes
-    "`monitor` for each weight, with a dot for each fit and a line for each temperature"
+    "`monitor` for each weight: dots for fits, a line for each temperature, a log scale if weights differ by over ten times"
     ax = ax or plt.subplots(figsize=(7,3.5), layout='constrained')[1]
     alone,tried = self.table[self.table.weight == 0],self.table[self.table.weight > 0]
     for T,rows in tried.groupby('T') if 'T' in tried else [(None, tried)]:
@@ -89,6 +89,7 @@ def plot(self:WeightSearch,
         ax.plot(rows.weight, rows[self.monitor], 'o', color=line.get_color(), ms=4)
     ax.axhline(alone[self.monitor].mean(), color='#888888', ls='--', label='student alone')
     ax.set(xlabel='weight of the distillation loss', ylabel=self.monitor)
+    if tried.weight.max() > 10*tried.weight.min(): ax.set_xscale('log')
     ax.legend(frameon=False)
     ax.spines[['top','right']].set_visible(False)
     return ax

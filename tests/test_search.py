@@ -100,6 +100,12 @@ def test_a_weight_search_that_is_stopped_shows_what_it_found(trained, capsys):
     assert 'Stopped after 2 of 3 fits.' in out and '0.5' in out and 'by accuracy' in out
     assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
 
+def test_weights_of_other_magnitudes_are_drawn_on_a_log_scale():
+    for weights,scale in (([0.,.1,.9],'linear'), ([0.,1.,30.],'log'), ([0.],'linear')):
+        ax = WeightSearch(pd.DataFrame(dict(weight=weights, seed=0, accuracy=.5)), 'accuracy').plot()
+        assert ax.get_xscale() == scale
+        plt.close(ax.figure)
+
 def test_less_is_better_for_some_metrics():
     "Each of fastai's metrics is judged the right way; where a name does not tell, `valid_loss` decides or the user says"
     from fastai import metrics as M
