@@ -80,7 +80,7 @@ class WeightSearch:
 def plot(self:WeightSearch,
     ax=None, # Matplotlib axes
 ): # Matplotlib axes
-    "`monitor` for each weight: dots for fits, a line for each temperature, a log scale if weights differ by over ten times"
+    "`monitor` for each weight: a dot for each fit, a line for each temperature; a log scale if weights differ much"
     ax = ax or plt.subplots(figsize=(7,3.5), layout='constrained')[1]
     alone,tried = self.table[self.table.weight == 0],self.table[self.table.weight > 0]
     for T,rows in tried.groupby('T') if 'T' in tried else [(None, tried)]:
