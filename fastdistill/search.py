@@ -49,18 +49,18 @@ class WeightSearch:
     def suggestion(self): # Dictionary
         "The best weight, and the best temperature if several were tried; `ValueError` if all fits diverged"
         means = self.means.dropna(subset='mean')
-        if means.empty: raise ValueError(f'No weight can be suggested. {self._diverged()}')
+        if means.empty: raise ValueError(f'No weight can be suggested: {self._diverged()}'.rstrip())
         row = means.loc[means['mean'].idxmin() if self.comp(0, 1) else means['mean'].idxmax()]
         return {k:float(row[k]) for k in ('weight','T') if k in row and not math.isnan(row[k])}
 
     def _diverged(self):
-        "A sentence if some fits have no value of `monitor`"
+        "Two sentences if some fits have no value of `monitor`"
         n = self.table[self.monitor].isna().sum()
         return (f'{n} of {len(self.table)} fits ended with nan as {self.monitor}. '
                 'Smaller weights or a lower learning rate may help. ') if n else ''
 
     def _text(self):
-        if self.table[self.monitor].isna().all(): return self._diverged()
+        if self.means['mean'].isna().all(): return self._diverged()
         n,best = self.table.seed.nunique(),self.suggestion
         how = 'No weight is better than the student alone' if not best['weight'] else \
               'Best: ' + ', '.join(f'{k}={v:g}' for k,v in best.items())
@@ -72,6 +72,7 @@ class WeightSearch:
         tried,best = sorted(set(self.table.weight) - {0}),self.suggestion['weight']
         if len(tried) < 2 or best not in (tried[0],tried[-1]): return ''
         return 'No weight between 0 and this one was tried. ' if best == tried[0] else 'No larger weight was tried. '
+
     def __repr__(self): return f'{self.means.to_string(index=False, na_rep="")}\n\n{self._text()}'
     def _repr_html_(self): return f'{self.means.to_html(index=False, na_rep="")}<p>{escape(self._text())}</p>'
 
@@ -87,7 +88,7 @@ def plot(self:WeightSearch,
         means = rows.groupby('weight')[self.monitor].agg(_mean)
         line, = ax.plot(means.index, means, label='distilled' if T is None else f'T={T:g}')
         ax.plot(rows.weight, rows[self.monitor], 'o', color=line.get_color(), ms=4)
-    ax.axhline(alone[self.monitor].mean(), color='#888888', ls='--', label='student alone')
+    ax.axhline(_mean(alone[self.monitor]), color='#888888', ls='--', label='student alone')
     ax.set(xlabel='weight of the distillation loss', ylabel=self.monitor)
     if tried.weight.max() > 10*tried.weight.min(): ax.set_xscale('log')
     ax.legend(frameon=False)

@@ -64,7 +64,8 @@ def test_a_weight_with_which_a_fit_diverged_is_never_the_best():
     assert '1 of 4 fits ended with nan as valid_loss' in repr(one)
     every = search(*[np.nan]*4)
     assert '4 of 4 fits ended with nan' in repr(every) and '4 of 4' in every._repr_html_()
-    with pytest.raises(ValueError, match='No weight can be suggested. 4 of 4 fits'): every.suggestion
+    with pytest.raises(ValueError, match='No weight can be suggested: 4 of 4 fits'): every.suggestion
+    assert 'Best' not in repr(search(np.nan, 1., .5, np.nan))     # no weight has all its seeds
     for found in (one, every): plt.close(found.plot().figure)
 
 @pytest.mark.parametrize('n_epoch, first', [(1,0),(2,1)], ids=['first epoch','second epoch'])
