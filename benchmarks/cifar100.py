@@ -3,6 +3,7 @@
     python benchmarks/cifar100.py FOLDER --images cifar100.zip                       # ResNet20 -> ResNet8, three epochs, on a CPU
     python benchmarks/cifar100.py FOLDER --images cifar100.zip --budget paper        # ResNet32x4 -> ResNet8x4, 240 epochs, on a GPU
     python benchmarks/cifar100.py FOLDER --images cifar100.zip --seeds 1 --only DIST # a part; parts may run side by side
+    python benchmarks/cifar100.py FOLDER --images cifar100.zip --finder 47500        # weights proposed by longer fits
 
 The archive holds cifar100/train/class/name.png and the same for test. FOLDER keeps the teacher and its recording. Rows go to benchmarks/cifar100_cpu.csv
 or cifar100_paper.csv; a run that has its row is not repeated. The recipe is that of the reference tables: SGD, learning rate 0.05, momentum 0.9, weight decay
@@ -38,7 +39,7 @@ here = Path(__file__).parent
 
 @dataclass
 class Budget:
-    teacher:str; student:str; teacher_epochs:int; epochs:int; recorded:bool; batch:int=64
+    teacher:str; student:str; teacher_epochs:int; epochs:int; recorded:bool; batch:int=64; finder:int=10_000
 
 budgets = dict(cpu=Budget('resnet20', 'resnet8', 8, 3, True), paper=Budget('resnet32x4', 'resnet8x4', 240, 240, False))
 
@@ -157,7 +158,10 @@ class Experiment:
         self.b,self.folder,self.device = b,folder,device
         parts = read_images(archive, folder)
         self.train,self.test = ([o.to(device) for o in part] for part in parts)
-        self.runs,self.weights = Runs(file, 'seed','method','weight_of'),Runs(file.with_name(f'{file.stem}_weights.csv'), 'method','weight')
+        self.runs,self.weights = Runs(file, 'seed','method','weight_of'),Runs(file.with_name(f'{file.stem}_weights{self.longer}.csv'), 'method','weight')
+
+    @property
+    def longer(self): return '' if self.b.finder == Budget.finder else f'_{self.b.finder}'
 
     @property
     def dls(self): return loaders(self.train, self.test, self.b.batch)
@@ -199,11 +203,12 @@ class Experiment:
         self.runs.add(**self.row(seed, name, weight_of, method and (method.weight if weight is None else weight), *train(learn, self.b.epochs, kd)))
 
     def proposed(self, name, method):
-        "The weight that `weight_finder` proposes: an epoch of 10,000 images for each weight, judged on 2,500 others, both of the training set"
+        "The weight that `weight_finder` proposes: an epoch of 10,000 images (or `finder`) for each weight, judged on 2,500 others, both of the training set"
         t = self.weights.table
         if not (t.method == name).any():
             order = torch.randperm(len(self.train[0]), generator=torch.Generator().manual_seed(0))
-            part = [[o[i] for o in self.train] for i in (order[:10_000],order[10_000:12_500])]
+            valid,rest = order[10_000:12_500],torch.cat([order[:10_000], order[12_500:]])
+            part = [[o[i] for o in self.train] for i in (rest[:self.b.finder],valid)]
             set_seed(0, reproducible=True)
             learn = learner(loaders(*part), make(self.b.student).to(self.device))
             found = learn.weight_finder(KnowledgeDistillationCallback(self.teacher, Objective(method.loss, weight=method.weight, task_weight=method.task_weight)), method.weights)
@@ -213,8 +218,9 @@ class Experiment:
         return float(t.weight[t.accuracy.idxmax()])
 
     def measure(self, seeds, only):
-        "First all seeds at the weights of the papers, then at the proposed ones, unless these are the same or 0, the student alone"
+        "First all seeds at the weights of the papers, then at the proposed ones, unless these are the same or 0, the student alone; with longer fits, only proposals"
         chosen = {name: m for name,m in methods(self.b).items() if not only or name in only}
+        if self.longer: return [self.proposed(name, m) for name,m in chosen.items() if m.weight]
         for seed in seeds:
             self.run(seed, 'student alone', None)
             for name,m in chosen.items(): self.run(seed, name, 'paper', m)
@@ -232,12 +238,13 @@ def main():
     p.add_argument('--epochs', type=int, help='of the students')
     p.add_argument('--teacher_epochs', type=int, help='of a teacher that is trained')
     p.add_argument('--batch', type=int, help='images in a step, by default 64')
+    p.add_argument('--finder', type=int, help='images for each fit of weight_finder, 10000; with another number, only weights are proposed')
     p.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
     p.add_argument('--only', nargs='+', default=[], metavar='NAME')
     args = p.parse_args()
     b = budgets[args.budget]
     if args.pair: b.teacher,b.student = args.pair.split(',')
-    for name in ('epochs','teacher_epochs','batch'): setattr(b, name, getattr(args, name) or getattr(b, name))
+    for name in ('epochs','teacher_epochs','batch','finder'): setattr(b, name, getattr(args, name) or getattr(b, name))
     if unknown := {*args.only} - {*methods(b)}: p.error(f'no {", ".join(unknown)}; there are {", ".join(methods(b))}')
     args.folder.mkdir(parents=True, exist_ok=True)
     e = Experiment(b, args.folder, args.images, 'cuda' if args.budget == 'paper' else 'cpu', here/f'cifar100_{args.budget}.csv')

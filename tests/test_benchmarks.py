@@ -1,5 +1,6 @@
 "The experiments of `benchmarks/`, on a handful of made images: their data, their networks, and that each method runs."
 import io, subprocess, sys, zipfile
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import set_seed
@@ -90,6 +91,9 @@ def test_cifar100_runs_each_method(tmp_path):
     n = len(e.runs.table)
     e.run(0, 'DIST', 'paper', cifar100.methods(b)['DIST'])
     assert len(e.runs.table) == n     # a run that has its row is not repeated
+    longer = cifar100.Experiment(replace(b, finder=150), tmp_path, tmp_path/'images.zip', 'cpu', tmp_path/'runs.csv')
+    longer.weights.add(method='DIST', weight=.7, accuracy=.1, valid_loss=1.)
+    assert longer.measure([0], ['DIST']) == [.7] and (tmp_path/'runs_weights_150.csv').exists() and len(e.runs.table) == n     # no student
     e = cifar100.Experiment(cifar100.budgets['cpu'], tmp_path, tmp_path/'images.zip', 'cpu', tmp_path/'others.csv')
     kept = torch.load(cifar100.here/'cifar100_resnet20.pth')     # the teacher of the published table
     assert all(torch.equal(v, kept[k]) for k,v in e.teacher.state_dict().items()) and not len(e.runs.table)
