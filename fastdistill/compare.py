@@ -121,7 +121,7 @@ def _add_agreement(runs, teacher):
 
 def _summary(table):
     "Means over runs, and standard deviations where there are several"
-    # without `skipna`, a run that diverged would not show
+    # by default pandas leaves out a run that diverged
     spreads = table.std(skipna=False) if len(table) > 1 else None
     found = {}
     for k,mean in table.mean(skipna=False).items():

@@ -49,7 +49,7 @@ class WeightSearch:
     def suggestion(self): # Dictionary
         "The best weight, and the best temperature if several were tried; `ValueError` if all fits diverged"
         means = self.means.dropna(subset='mean')
-        if means.empty: raise ValueError(f'No weight can be suggested: {self._diverged()}'.rstrip())
+        if means.empty: raise ValueError(f'No weight can be suggested: {self._diverged()}')
         row = means.loc[means['mean'].idxmin() if self.comp(0, 1) else means['mean'].idxmax()]
         return {k:float(row[k]) for k in ('weight','T') if k in row and not math.isnan(row[k])}
 
@@ -57,7 +57,7 @@ class WeightSearch:
         "Two sentences if some fits have no value of `monitor`"
         n = self.table[self.monitor].isna().sum()
         return (f'{n} of {len(self.table)} fits ended with nan as {self.monitor}. '
-                'Smaller weights or a lower learning rate may help. ') if n else ''
+                'Smaller weights or a lower learning rate may help.') if n else ''
 
     def _text(self):
         if self.means['mean'].isna().all(): return self._diverged()
@@ -65,13 +65,13 @@ class WeightSearch:
         how = 'No weight is better than the student alone' if not best['weight'] else \
               'Best: ' + ', '.join(f'{k}={v:g}' for k,v in best.items())
         seeds = f'{n} seeds.' if n > 1 else 'One seed says nothing about the spread.'
-        return f'{how}, by {self.monitor}. {self._at_the_end()}{self._diverged()}{seeds}'
+        return ' '.join(filter(None, [f'{how}, by {self.monitor}.', self._at_the_end(), self._diverged(), seeds]))
 
     def _at_the_end(self):
         "A sentence if the best weight is the smallest or the largest of several: one beyond it may be better"
         tried,best = sorted(set(self.table.weight) - {0}),self.suggestion['weight']
         if len(tried) < 2 or best not in (tried[0],tried[-1]): return ''
-        return 'No weight between 0 and this one was tried. ' if best == tried[0] else 'No larger weight was tried. '
+        return 'No weight between 0 and this one was tried.' if best == tried[0] else 'No larger weight was tried.'
 
     def __repr__(self): return f'{self.means.to_string(index=False, na_rep="")}\n\n{self._text()}'
     def _repr_html_(self): return f'{self.means.to_html(index=False, na_rep="")}<p>{escape(self._text())}</p>'
